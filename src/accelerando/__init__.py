@@ -1,0 +1,1 @@
+"""Finds, proves and ships the fastest faithful version of a trained model."""
