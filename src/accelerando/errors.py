@@ -16,6 +16,7 @@ Every message says what was given, what must hold, and what to do.
 from __future__ import annotations
 
 from enum import Enum
+from typing import Any
 
 
 class AccelerandoError(Exception):
@@ -98,6 +99,9 @@ class RefusalError(AccelerandoError):
         super().__init__(f"{reason.happened}: {detail}" if detail else reason.happened)
         self.reason = reason
         self.detail = detail
+        self.step: int | None = None  # number of the recipe's step that refused; None where it was not a step
+        self.evidence: Any = None  # what had been measured by then, where something had
+        self.speedup: Any = None
 
-    def __reduce__(self) -> tuple[type[RefusalError], tuple[Reason, str]]:
-        return RefusalError, (self.reason, self.detail)  # it travels from child to parent
+    def __reduce__(self) -> tuple[type[RefusalError], tuple[Reason, str], dict[str, Any]]:
+        return RefusalError, (self.reason, self.detail), self.__dict__  # it travels from child to parent

@@ -63,32 +63,50 @@ class Interval:
 
 
 def quantile_interval(values: Floats, quantile: float, confidence: float = CONFIDENCE) -> Interval:
-    """The order-statistic interval of a quantile; `values` (n,) independent observations.
+    """The order-statistic interval of a quantile; `values` (n,) independent observations, 0 < quantile < 1.
 
     Where n is too small for the confidence asked for, the bound on that side is the extreme value and the
-    interval's `confidence` says what was really reached.
+    interval's `confidence` says what was really reached; `sides_known` says which side is wanting.
 
     Raises:
-        ValueError: there are no values.
+        ValueError: there are no values, or there is no such quantile.
     """
     if len(values) == 0:
         raise ValueError("an interval needs at least one value, but got none")
+    _check_quantile(quantile)
     ordered = np.sort(np.asarray(values, dtype=np.float64))
     n, tail = len(ordered), (1 - confidence) / 2
-    cumulative = _binomial_cumulative(n, quantile)  # [i] = P(at most i values lie below the quantile)
-    low = int(np.searchsorted(cumulative, tail, side="right")) - 1  # the last i with P(<= i) <= tail
-    high = int(np.searchsorted(cumulative, 1 - tail, side="left"))  # the first i with P(<= i) >= 1 - tail
-    reached = cumulative[min(high, n - 1)] - (cumulative[low] if low >= 0 else 0.0)
-    low_value = float(ordered[max(low, 0)])
-    high_value = float(ordered[min(high + 1, n - 1)]) if high + 1 < n else float(ordered[-1])
+    # [i] = P(at most i values lie below the quantile) = P(the quantile <= ordered[i])
+    cumulative = _binomial_cumulative(n, quantile)
+    low = int(np.searchsorted(cumulative, tail, side="right")) - 1  # the last i with P <= tail
+    high = int(np.searchsorted(cumulative, 1 - tail, side="left"))  # the first i with P >= 1 - tail
+    clipped = low < 0 or high > n - 1
+    low, high = max(low, 0), min(high, n - 1)
     middle = float(np.quantile(ordered, quantile))
-    clipped = low < 0 or high + 1 > n - 1
+    reached = max(0.0, float(cumulative[high] - cumulative[low]))
     return Interval(
-        min(low_value, middle),
+        min(float(ordered[low]), middle),
         middle,
-        max(high_value, middle),
-        float(min(reached, confidence)) if clipped else confidence,
+        max(float(ordered[high]), middle),
+        min(reached, confidence) if clipped else confidence,
     )
+
+
+def sides_known(n: int, quantile: float, confidence: float = CONFIDENCE) -> tuple[bool, bool]:
+    """Whether n values suffice for the lower and for the upper bound of a quantile's interval."""
+    tail = (1 - confidence) / 2 * (1 + 1e-9)
+    return (1 - quantile) ** n <= tail, quantile**n <= tail
+
+
+def least_count(quantile: float, confidence: float = CONFIDENCE) -> int:
+    """The fewest values for which a quantile's order-statistic interval exists: 6 for p50, 72 for p95, 368 for p99."""
+    _check_quantile(quantile)
+    return math.ceil(math.log((1 - confidence) / 2) / math.log(max(quantile, 1 - quantile)) - 1e-9)
+
+
+def _check_quantile(quantile: float) -> None:
+    if not 0 < quantile < 1:
+        raise ValueError(f"0 < quantile < 1 must hold, but got {quantile}")
 
 
 def _binomial_cumulative(n: int, p: float) -> Floats:

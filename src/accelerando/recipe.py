@@ -101,6 +101,7 @@ class Plugin(ABC):
     """What techniques and backends share: a name, knobs, what they need."""
 
     needs: ClassVar[tuple[str, ...]] = ()  # import names; the run goes on without the plugin where one is missing
+    typical_seconds: ClassVar[float] = 3.0  # what it takes on a small model; the search weighs it until it has measured
 
     @property
     def name(self) -> str:
@@ -191,9 +192,12 @@ class Backend(Plugin):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recipe:
     """Techniques in order, then a backend.
+
+    Two recipes are equal when their keys are: one that was read from a bundle, whose techniques are names and knobs
+    only (`plugins.StoredTechnique`), equals the one from which it was written.
 
     Raises:
         BrokenPluginError: a step is not a technique, or the backend not a backend.
@@ -211,6 +215,12 @@ class Recipe:
     def key(self) -> str:
         """A stable hash of the recipe's JSON: 12 hexadecimal digits."""
         return key_of(self.to_json())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Recipe) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
         """Why this recipe can't be for this model here, as far as planning can tell; or None."""

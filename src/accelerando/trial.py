@@ -184,12 +184,15 @@ class Verified:
 class Refused:
     """A recipe that was turned away, and why.
 
-    `evidence` is there where it was measured before it was turned away.
+    `step` is the number of the step that refused, where one did (`len(steps)` for the backend).  `evidence` is
+    there where it was scored before it was turned away, and `speedup` where it was at least timed.
     """
 
     reason: Reason
     detail: str
+    step: int | None = None
     evidence: Evidence | None = None
+    speedup: Interval | None = None
 
 
 @dataclass(frozen=True)
@@ -228,20 +231,32 @@ class Trial:
             data["refused"] = {
                 "reason": self.outcome.reason.name,
                 "detail": self.outcome.detail,
+                "step": self.outcome.step,
+                "speedup": self.outcome.speedup.to_json() if self.outcome.speedup else None,
                 "evidence": self.outcome.evidence.to_json() if self.outcome.evidence else None,
             }
         return data
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Trial:
+    def from_json(cls, data: dict[str, Any], recipe: Recipe | None = None) -> Trial:
+        """The trial of its JSON.
+
+        Args:
+            recipe: stands for the one in the data, where a plugin of it is not installed (`plugins.stored_recipe`).
+
+        Raises:
+            BrokenPluginError: a technique, backend or knob is not known here.
+        """
         outcome: Verified | Refused
         if (verified := data.get("verified")) is not None:
             outcome = Verified(Artifact.from_json(verified["artifact"]), Evidence.from_json(verified["evidence"]))
         else:
             refused = data["refused"]
             evidence = Evidence.from_json(refused["evidence"]) if refused["evidence"] else None
-            outcome = Refused(Reason[refused["reason"]], refused["detail"], evidence)
-        return cls(recipe_from_json(data["recipe"]), outcome, data["seconds"], tuple(data["log"]))
+            speedup = Interval.from_json(refused["speedup"]) if refused["speedup"] else None
+            outcome = Refused(Reason[refused["reason"]], refused["detail"], refused["step"], evidence, speedup)
+        recipe = recipe or recipe_from_json(data["recipe"])
+        return cls(recipe, outcome, data["seconds"], tuple(data["log"]))
 
 
 def thin(values: Floats | Sequence[float], most: int = 4000) -> Floats:

@@ -1,0 +1,193 @@
+"""One arm of a duel: a recipe's files, loaded in a process of its own.
+
+Each arm has its own process, always: thread settings, memory and crashes stay apart, and the memory that is
+measured is that arm's own.  The two take turns (`docs/decisions/0002-two-processes.md`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from accelerando.interval import Floats
+from accelerando.measure import clock, memory, quality
+from accelerando.measure.child import Child
+from accelerando.metric import Metric
+from accelerando.plugins import find
+from accelerando.recipe import Artifact, Recipe, Runner, plugin_from_json
+from accelerando.signature import Array, Signature
+from accelerando.workload import Chunk, Samples
+
+TIMED_BATCHES = 32  # distinct inputs that a block goes round
+PROBE_ROWS = 8
+LOAD_SECONDS = 120.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What an arm loads: a recipe and its files.
+
+    `skeleton` is the user's own module for the backends that need it, and None for all others.
+    """
+
+    recipe: Recipe
+    artifact: Artifact
+    folder: Path
+    skeleton: Any = None
+
+
+class Arm:
+    """A subject, loaded and ready in a fresh process.
+
+    Args:
+        subject: what to load.
+        signature: how it is called.
+        data: folder with the splits, as `save_samples` wrote them.
+        split: the split that its timed batches are drawn from.
+        batch: rows per timed call.
+        memory_limit: bytes, or None.
+
+    Raises:
+        RefusalError: it can't be loaded, or gives a wrong answer to its first batch.
+    """
+
+    def __init__(
+        self, subject: Subject, signature: Signature, data: Path, split: str, batch: int, memory_limit: int | None = None
+    ) -> None:
+        self.subject = subject
+        self._child = Child(str(subject.recipe), memory_limit)
+        try:
+            backend = subject.recipe.backend.to_json()
+            self.load_seconds: float = self._child.call(
+                _load, backend, subject.artifact, str(subject.folder), signature, subject.skeleton,
+                str(data / split), batch, timeout=LOAD_SECONDS,
+            )  # fmt: skip
+        except BaseException:
+            self._child.close()
+            raise
+
+    @property
+    def pid(self) -> int:
+        return self._child.pid
+
+    def block(self, seconds: float, timeout: float) -> Floats:
+        """Seconds of each call in one block."""
+        return self._child.call(_block, seconds, timeout=timeout)
+
+    def peak_bytes(self) -> int:
+        """The most memory that the process has held beyond what an empty one holds, since it was loaded."""
+        return self._child.call(_peak, timeout=LOAD_SECONDS)
+
+    def scores(self, split: Path, metric: Metric, timeout: float) -> Floats:
+        """Per-sample statistics of every sample of a split."""
+        return self._child.call(_scores, str(split), metric, timeout=timeout)
+
+    def answers(self, inputs: tuple[Array, ...], timeout: float) -> list[Array]:
+        """The flat outputs for some rows."""
+        return self._child.call(_answers, inputs, timeout=timeout)
+
+    def close(self) -> None:
+        self._child.close()
+
+    def __enter__(self) -> Arm:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self.close()
+
+
+def save_samples(samples: Samples, folder: Path) -> None:
+    """Write rows so that every arm can map them into its memory; overwrites."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.npy"):
+        old.unlink()
+    for i, chunk in enumerate(samples.chunks):
+        for j, array in enumerate(chunk.inputs):
+            np.save(folder / f"{i:04}-{j:03}.npy", array, allow_pickle=False)
+        if chunk.targets is not None:
+            np.save(folder / f"{i:04}-targets.npy", chunk.targets, allow_pickle=False)
+
+
+def open_samples(folder: Path) -> Samples:
+    """Rows that `save_samples` wrote, mapped, not read."""
+
+    def read(path: Path) -> Array:
+        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+
+    chunks = []
+    for first in sorted(folder.glob("*-000.npy")):
+        number = first.name.partition("-")[0]
+        targets = folder / f"{number}-targets.npy"
+        inputs = tuple(read(p) for p in sorted(folder.glob(f"{number}-[0-9]*.npy")))
+        chunks.append(Chunk(inputs, read(targets) if targets.exists() else None))
+    return Samples(tuple(chunks))
+
+
+def timed_batches(samples: Samples, size: int, count: int = TIMED_BATCHES, seed: int = 0) -> list[tuple[Array, ...]]:
+    """Batches of exactly `size` rows, drawn at random over all shapes in proportion to their rows.
+
+    Rows come again where a shape has fewer than `size`; every array is contiguous and in memory.
+    """
+    rng = np.random.default_rng(seed)
+    shares = np.array([len(c) for c in samples.chunks], dtype=np.float64)
+    batches = []
+    for which in rng.choice(len(shares), size=count, p=shares / shares.sum()):
+        chunk = samples.chunks[which]
+        rows = rng.choice(len(chunk), size=size, replace=len(chunk) < size)
+        batches.append(tuple(np.ascontiguousarray(x[np.sort(rows)]) for x in chunk.inputs))
+    return batches
+
+
+# --- in the child -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Loaded:
+    run: Runner
+    signature: Signature
+    batches: list[tuple[Array, ...]]
+    empty_bytes: int
+
+
+_loaded: list[_Loaded] = []  # the one model that this process holds
+
+
+def _load(
+    backend: dict[str, Any], artifact: Artifact, folder: str, signature: Signature, skeleton: Any, rows: str, batch: int
+) -> float:
+    batches = timed_batches(open_samples(Path(rows)), batch)
+    empty = memory.resident_bytes()
+    start = time.perf_counter()
+    plugin = plugin_from_json(find("backends", backend["name"]), backend)
+    run = plugin.load(artifact, Path(folder), signature, skeleton)
+    outputs = run(batches[0])
+    taken = time.perf_counter() - start
+    quality.check(outputs, signature, batch)
+    _loaded.append(_Loaded(run, signature, batches, empty))
+    return taken
+
+
+def _block(seconds: float) -> Floats:
+    return clock.time_block(_loaded[0].run, _loaded[0].batches, seconds)
+
+
+def _peak() -> int:
+    return max(0, memory.peak_bytes() - _loaded[0].empty_bytes)
+
+
+def _scores(split: str, metric: Metric) -> Floats:
+    return quality.score(_loaded[0].run, _loaded[0].signature, open_samples(Path(split)), metric)
+
+
+def _answers(inputs: tuple[Array, ...]) -> list[Array]:
+    outputs = _loaded[0].run(inputs)
+    quality.check(outputs, _loaded[0].signature, len(inputs[0]))
+    return [np.array(o) for o in outputs]
+
+

@@ -1,0 +1,78 @@
+"""The clock: seconds of each call in a block, and what else the computer did meanwhile."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from accelerando.interval import Floats
+from accelerando.recipe import Runner
+from accelerando.signature import Array
+
+MOST_CALLS = 20_000
+WARM_NANOSECONDS = 5_000_000  # the other arm's idle threads have stopped spinning by then
+
+
+def time_block(run: Runner, batches: Sequence[Sequence[Array]], seconds: float, least: int = 2) -> Floats:
+    """Seconds of each call in a block of about `seconds`, after at least one call and 5 ms to warm up.
+
+    The batches are taken in order, over and over: both arms of a duel see the same ones.
+    """
+    now = time.perf_counter_ns
+    warm = now() + WARM_NANOSECONDS
+    run(batches[-1])
+    while now() < warm:
+        run(batches[-1])
+    taken: list[int] = []
+    end, i, count = now() + int(seconds * 1e9), 0, len(batches)
+    while len(taken) < MOST_CALLS:
+        batch = batches[i % count]
+        start = now()
+        run(batch)
+        stop = now()
+        taken.append(stop - start)
+        i += 1
+        if stop >= end and i >= least:
+            break
+    return np.array(taken, dtype=np.float64) / 1e9
+
+
+@dataclass(frozen=True)
+class Activity:
+    """Processor time so far, in seconds: of the whole machine, of some processes, and the wall clock."""
+
+    busy: float
+    ours: float
+    wall: float
+
+    @classmethod
+    def now(cls, pids: Sequence[int]) -> Activity:
+        """Read the counters; zeros where the system has none."""
+        tick = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+        try:
+            user, nice, system, _idle, _wait, irq, soft, steal = (
+                int(v) for v in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]
+            )
+            busy = (user + nice + system + irq + soft + steal) / tick
+        except (OSError, ValueError):
+            return cls(0.0, 0.0, time.monotonic())
+        return cls(busy, sum(_processor_seconds(pid, tick) for pid in (os.getpid(), *pids)), time.monotonic())
+
+    def stolen_until(self, later: Activity, cores: int) -> float:
+        """The share of the cores' time that neither these processes nor idleness had in between."""
+        wall = (later.wall - self.wall) * cores
+        others = (later.busy - self.busy) - (later.ours - self.ours)
+        return min(1.0, max(0.0, others / wall)) if wall > 0 else 0.0
+
+
+def _processor_seconds(pid: int, tick: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0.0
+    return (int(fields[11]) + int(fields[12])) / tick

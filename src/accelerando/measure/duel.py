@@ -1,0 +1,122 @@
+"""A duel: candidate and original timed in short blocks, in random order, round by round.
+
+The figure is the ratio within a round, so whatever slows the machine for longer than a round slows both.  Rounds
+are never dropped; what disturbed them is noted.  A duel ends early when the interval is narrow, or when the
+question that was asked of it is answered at a sterner confidence than the one reported, because looking often
+makes an honest 95 % into less (Wald 1947; Johari et al., *Operations Research* 70, 2022).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from accelerando.interval import Floats, Interval, median_interval
+from accelerando.measure.clock import Activity
+
+LOOK_CONFIDENCE = 0.99
+
+
+class Fighter(Protocol):
+    """What a duel needs of an arm."""
+
+    @property
+    def pid(self) -> int: ...
+
+    def block(self, seconds: float, timeout: float) -> Floats: ...
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long a duel may be.
+
+    Args:
+        least, most: rounds.
+        block_seconds: length of one arm's block in a round.
+        narrow: the relative width of the interval at which to stop.
+        calls: how many calls of the candidate are needed besides, for the quantiles that the goal asks for.
+        timeout: seconds after which a block is taken for a hang.
+    """
+
+    least: int
+    most: int
+    block_seconds: float
+    narrow: float = 0.02
+    calls: int = 0
+    timeout: float = 60.0
+
+
+SCREEN = Effort(least=6, most=6, block_seconds=0.1)
+SELECT = Effort(least=12, most=32, block_seconds=0.12)
+CERTIFY = Effort(least=20, most=60, block_seconds=0.15)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """What a duel saw: see `Evidence` for the fields."""
+
+    rounds: Floats
+    stolen: Floats
+    seconds: Floats
+    original_seconds: Floats
+
+    @property
+    def speedup(self) -> Interval:
+        return median_interval(self.rounds[:, 1] / self.rounds[:, 0])
+
+    def __add__(self, other: Rounds) -> Rounds:
+        pairs = ((getattr(self, f), getattr(other, f)) for f in self.__dataclass_fields__)
+        return Rounds(*(np.concatenate(pair) for pair in pairs))
+
+
+def duel(
+    candidate: Fighter,
+    original: Fighter,
+    effort: Effort,
+    *,
+    cores: int,
+    seed: int = 0,
+    answered: Callable[[Interval], bool] = lambda interval: False,
+) -> Rounds:
+    """Time two arms against each other.
+
+    Args:
+        cores: how many this machine has, for the share that others took.
+        seed: of the random order within rounds.
+        answered: whether an interval answers the question for which the duel is fought.
+
+    Raises:
+        RefusalError: an arm died, hung or outgrew its memory.
+    """
+    rng = np.random.default_rng(seed)
+    rows, stolen = [], []
+    seconds: tuple[list[Floats], list[Floats]] = ([], [])
+    arms = (candidate, original)
+    while True:
+        before = Activity.now([a.pid for a in arms])
+        medians = [0.0, 0.0]
+        for i in rng.permutation(2):
+            block = arms[i].block(effort.block_seconds, effort.timeout)
+            seconds[i].append(block)
+            medians[i] = float(np.median(block))
+        stolen.append(before.stolen_until(Activity.now([a.pid for a in arms]), cores))
+        rows.append(medians)
+        if _over(np.array(rows), sum(map(len, seconds[0])), effort, answered):
+            return Rounds(np.array(rows), np.array(stolen), np.concatenate(seconds[0]), np.concatenate(seconds[1]))
+
+
+def _over(rounds: Floats, calls: int, effort: Effort, answered: Callable[[Interval], bool]) -> bool:
+    n = len(rounds)
+    if n < effort.least:
+        return False
+    if n >= effort.most:
+        return calls >= effort.calls or n >= 4 * effort.most
+    if calls < effort.calls:
+        return False
+    ratios = rounds[:, 1] / rounds[:, 0]
+    return median_interval(ratios).width <= effort.narrow or (
+        n % 4 == 0 and answered(median_interval(ratios, LOOK_CONFIDENCE))
+    )

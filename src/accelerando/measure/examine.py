@@ -1,0 +1,145 @@
+"""One function examines everything, the original included: reloaded from disk, in a fresh process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from accelerando.errors import RefusalError
+from accelerando.interval import Floats, Interval
+from accelerando.machine import Machine
+from accelerando.measure.arm import Arm, Subject
+from accelerando.measure.duel import SCREEN, Effort, Rounds, duel
+from accelerando.metric import Metric
+from accelerando.signature import Signature
+from accelerando.trial import Evidence, thin
+
+ScreenGate = Callable[[Interval], "RefusalError | None"]
+ScoreGate = Callable[[Evidence], "RefusalError | None"]
+
+
+@dataclass
+class Bench:
+    """The place where recipes are examined: the original, loaded and kept, and all that evidence depends on.
+
+    Args:
+        original: what every candidate is held against.
+        signature: how the model is called.
+        metric: how its answers are judged.
+        data: folder with the splits.
+        machine: this one.
+        batch: rows per timed call.
+        memory_limit: bytes that an arm may hold.
+        seconds_limit: how long one call of an arm may take.
+    """
+
+    original: Subject
+    signature: Signature
+    metric: Metric
+    data: Path
+    machine: Machine
+    batch: int
+    memory_limit: int | None = None
+    seconds_limit: float = 120.0
+    _arm: Arm | None = field(default=None, repr=False)
+    _peak: int = field(default=0, repr=False)
+    _scores: dict[str, Floats] = field(default_factory=dict, repr=False)
+
+    @property
+    def original_arm(self) -> Arm:
+        """The original, loaded; it stays for all the duels to come."""
+        if self._arm is None:
+            self._arm = self.arm(self.original, "select")
+            self._arm.block(0.1, self.seconds_limit)
+            self._peak = self._arm.peak_bytes()  # now, before larger batches are scored
+        return self._arm
+
+    @property
+    def original_peak_bytes(self) -> int:
+        return self._peak
+
+    def arm(self, subject: Subject, split: str) -> Arm:
+        return Arm(subject, self.signature, self.data, split, self.batch, self.memory_limit)
+
+    def original_scores(self, split: str) -> Floats:
+        """The original's per-sample statistics; asked once for each split."""
+        if split not in self._scores:
+            self._scores[split] = self.original_arm.scores(self.data / split, self.metric, self.seconds_limit)
+        return self._scores[split]
+
+    def close(self) -> None:
+        if self._arm is not None:
+            self._arm.close()
+            self._arm = None
+
+
+def examine(
+    subject: Subject,
+    bench: Bench,
+    split: str,
+    effort: Effort,
+    *,
+    after_screen: ScreenGate = lambda speedup: None,
+    after_scores: ScoreGate = lambda evidence: None,
+    answered: Callable[[Interval], bool] = lambda speedup: False,
+    visit: Callable[[Arm], None] = lambda arm: None,
+    seed: int = 0,
+) -> Evidence:
+    """Load a recipe's files in a fresh process, and measure speed, quality and memory against the original.
+
+    Cheap before dear: a short duel, then the scores, then the long duel; the two gates may end it in between.
+
+    Args:
+        subject: what to examine; the original itself is one.
+        split: `select` or `certify`.
+        effort: of the long duel.
+        after_screen, after_scores: give the reason to stop, or None.
+        answered: whether a speedup answers the question, so that the duel may end early.
+        visit: called with the loaded arm when all is measured.
+
+    Raises:
+        RefusalError: it failed, or a gate turned it away; where it had been scored by then, the error's
+            `evidence` says so.
+    """
+    original = bench.original_arm
+    with bench.arm(subject, split) as arm:
+        cores = bench.machine.cores
+        rounds = duel(arm, original, SCREEN, cores=cores, seed=seed)
+        peak = arm.peak_bytes()
+        if refusal := after_screen(rounds.speedup):
+            refusal.speedup = rounds.speedup
+            raise refusal
+        scores = arm.scores(bench.data / split, bench.metric, bench.seconds_limit)
+        evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
+        if refusal := after_scores(evidence):
+            refusal.evidence, refusal.speedup = evidence, evidence.speedup
+            raise refusal
+        if effort.most > SCREEN.most:
+            rounds = duel(arm, original, effort, cores=cores, seed=seed + 1, answered=answered)
+            evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
+        visit(arm)
+    return evidence
+
+
+def _evidence(
+    subject: Subject, bench: Bench, split: str, rounds: Rounds, scores: Floats, load_seconds: float, peak: int
+) -> Evidence:
+    return Evidence(
+        split=split,
+        batch=bench.batch,
+        rounds=rounds.rounds,
+        stolen=rounds.stolen,
+        seconds=thin(rounds.seconds),
+        original_seconds=thin(rounds.original_seconds),
+        scores=scores,
+        original_scores=bench.original_scores(split),
+        metric=bench.metric.name,
+        higher_is_better=bench.metric.higher_is_better,
+        load_seconds=load_seconds,
+        peak_bytes=peak,
+        original_peak_bytes=bench.original_peak_bytes,
+        disk_bytes=subject.artifact.bytes,
+        original_disk_bytes=bench.original.artifact.bytes,
+        machine=bench.machine.key,
+    )

@@ -1,0 +1,127 @@
+"""Parity: a few rows with the answers that the original and every rung gave, so that a copy can be proven.
+
+It is an uncompressed .npz of plain arrays: `input_0`, `original_0`, `<recipe key>_0`, ... and nothing else, so that
+no archive can be larger inside than it is outside.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from accelerando.errors import BundleError
+from accelerando.signature import Array
+
+PARITY_BYTES = 256 * 2**20
+ARRAYS = 100_000
+SLACK = 1e-3  # of the answers' scale: what other processors' float arithmetic may change
+SHARE = 0.5  # of what the rung itself differs from the original
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Inputs, and the answers to them.
+
+    Args:
+        inputs: flat inputs of one batch, in the signature's order, each (n, ...).
+        original: the original's flat outputs, in the signature's order.
+        rungs: the same of every rung, by recipe key.
+    """
+
+    inputs: tuple[Array, ...]
+    original: tuple[Array, ...]
+    rungs: Mapping[str, tuple[Array, ...]]
+
+    def deviation(self, key: str, outputs: Sequence[Array]) -> str | None:
+        """What is wrong with outputs that the rung of this key gives now, or None.
+
+        Floats must lie within `SLACK` of the answers' scale, or `SHARE` of the rung's own distance from the
+        original, whichever is more (another processor may round an int8 model otherwise); whole numbers and
+        booleans may differ in no larger share of places than the rung did from the original.
+        """
+        stored = self.rungs[key]
+        if len(outputs) != len(stored):
+            return f"{len(outputs)} outputs where {len(stored)} were stored"
+        for i, (now, then, original) in enumerate(zip(outputs, stored, self.original, strict=True)):
+            if now.shape != then.shape or now.dtype != then.dtype:
+                return f"output {i} is {now.dtype}{now.shape}, was {then.dtype}{then.shape}"
+            if not then.size:
+                continue
+            if then.dtype.kind == "f":
+                now, then, original = (x.astype(np.float64) for x in (now, then, original))
+                scale, own = float(np.abs(then).max()), float(np.abs(then - original).max())
+                allowed, found = max(SLACK * scale, SHARE * own), float(np.abs(now - then).max())
+            else:
+                allowed, found = float((then != original).mean()), float((now != then).mean())
+            if not found <= allowed:  # NaN too
+                return f"output {i} differs by up to {found:.3g} from what was stored; {allowed:.3g} is allowed"
+        return None
+
+    def to_bytes(self) -> bytes:
+        """The content of `parity.npz`.
+
+        Raises:
+            BundleError: `parity`: there is more than a reader takes; store fewer rows.
+        """
+        arrays: dict[str, Array] = {}
+        for name, group in (("input", self.inputs), ("original", self.original), *self.rungs.items()):
+            arrays |= {f"{name}_{i}": np.ascontiguousarray(x) for i, x in enumerate(group)}
+        stream = io.BytesIO()
+        np.savez(stream, allow_pickle=False, **arrays)  # type: ignore[arg-type]  # arrays only, by name
+        if len(stream.getbuffer()) > PARITY_BYTES:
+            raise BundleError("parity", f"the rows take {len(stream.getbuffer())} bytes; at most {PARITY_BYTES}")
+        return stream.getvalue()
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> Parity:
+        """The rows of a `parity.npz`.
+
+        Raises:
+            BundleError: `parity`: it is not an uncompressed archive of plain arrays with the names above.
+        """
+        groups: dict[str, dict[int, Array]] = {}
+        try:
+            for name, array in _arrays(content):
+                found = re.fullmatch(r"(input|original|[0-9a-f]{12})_(\d{1,5})\.npy", name)
+                if not found:
+                    raise ValueError(f"{name[:80]!r} is not the name of an input or an output")
+                groups.setdefault(found[1], {})[int(found[2])] = array
+        except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, MemoryError) as error:
+            raise BundleError("parity", f"parity.npz does not hold plain arrays: {error}") from error
+        if any(sorted(group) != list(range(len(group))) for group in groups.values()) or not groups.get("input"):
+            raise BundleError(
+                "parity", "parity.npz must hold input_0, input_1, ... without a gap; so of the outputs"
+            )
+        rows = {name: tuple(group[i] for i in sorted(group)) for name, group in groups.items()}
+        return cls(rows.pop("input"), rows.pop("original", ()), rows)
+
+
+def _arrays(content: bytes) -> list[tuple[str, Array]]:
+    """Every array of an archive; what its headers say is checked before anything is allocated."""
+    found = []
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        entries = archive.infolist()
+        if any(e.compress_type != zipfile.ZIP_STORED for e in entries) or len(entries) > ARRAYS:
+            raise ValueError(f"it must hold at most {ARRAYS} uncompressed arrays")
+        if sum(e.file_size for e in entries) > len(content):
+            raise ValueError("it is larger inside than outside")
+        if len({e.filename for e in entries}) < len(entries):
+            raise ValueError("it holds a name twice")
+        for entry in entries:
+            data = archive.read(entry)
+            stream = io.BytesIO(data)
+            version = np.lib.format.read_magic(stream)
+            if version not in ((1, 0), (2, 0)):
+                raise ValueError(f"{entry.filename[:80]!r} is of version {version} of the .npy format")
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read(stream)
+            if dtype.kind not in "fiub" or math.prod(shape) * dtype.itemsize != len(data) - stream.tell():
+                raise ValueError(f"{entry.filename[:80]!r} says {dtype}{shape}, but does not hold it")
+            found.append((entry.filename, np.lib.format.read_array(io.BytesIO(data), allow_pickle=False)))
+    return found

@@ -1,0 +1,223 @@
+"""What this machine reaches at best, measured: products in float32 and int8, and moving bytes.
+
+The figures of STREAM (McCalpin 1995) and of a large matrix product are the two roofs of the roofline (Williams,
+Waterman & Patterson, *Communications of the ACM* 52, 2009).  Every route that is installed is tried, and the
+fastest is the ceiling: a ceiling that some library passes would not be one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accelerando.errors import MissingExtraError
+from accelerando.interval import Interval, median_interval
+from accelerando.machine import Machine
+from accelerando.profile.layers import call_seconds
+
+LEAST_REPEATS = 5
+SIZES = (1024, 512, 256)  # of a square product: the largest that leaves time for the repeats
+LARGE = 512 * 2**20  # bytes for the memory's own speed, at most
+SMALL = 2**20  # bytes for the cache's, where the size of the second level is not known
+
+WHATS = {
+    "float32": "products in float32",
+    "int8": "products in int8",
+    "memory": "bytes from memory",
+    "cache": "bytes from the cache",
+    "call": "starting one small operation",
+}
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """One roof: `rate` in operations (2 per multiplication with addition) or bytes per second.
+
+    For `call` it is calls per second.  `by` names the route that was fastest.
+    """
+
+    what: str
+    threads: int
+    rate: Interval
+    by: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {**vars(self), "rate": self.rate.to_json()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Ceiling:
+        return cls(**{**data, "rate": Interval.from_json(data["rate"])})
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """The roofs for one thread and for all cores."""
+
+    entries: tuple[Ceiling, ...]
+
+    @classmethod
+    def measure(cls, machine: Machine, seconds: float = 5.0) -> Ceilings:
+        """Measure them all in about this many seconds; torch's number of threads is put back afterwards.
+
+        Raises:
+            MissingExtraError: torch is not installed.
+        """
+        try:
+            import torch  # noqa: F401
+        except ImportError as error:
+            raise MissingExtraError("profiling needs torch: pip install 'accelerando[optimize]'") from error
+        threads = sorted({1, machine.cores})
+        plans = [(count, what) for count in threads for what in WHATS]
+        found = []
+        for count, what in plans:
+            with _threads(count):
+                best = _best(what, count, machine, seconds / len(plans))
+            if best is not None:
+                found.append(best)
+        return cls(tuple(found))
+
+    def of(self, what: str, threads: int) -> Ceiling | None:
+        """The roof measured with the number of threads that is nearest; None where this machine has no route."""
+        there = [c for c in self.entries if c.what == what]
+        return min(there, key=lambda c: abs(c.threads - threads)) if there else None
+
+    def rate(self, what: str, threads: int) -> float:
+        """Its median rate; where there is none for int8, float32's, for then int8 is computed in float32.
+
+        Raises:
+            ValueError: it was never measured.
+        """
+        ceiling = self.of(what, threads) or (self.of("float32", threads) if what == "int8" else None)
+        if ceiling is None:
+            raise ValueError(f"there is no ceiling for {what!r}; there are {sorted({c.what for c in self.entries})}")
+        return ceiling.rate.mid
+
+    def to_json(self) -> list[dict[str, Any]]:
+        return [c.to_json() for c in self.entries]
+
+    @classmethod
+    def from_json(cls, data: list[dict[str, Any]]) -> Ceilings:
+        return cls(tuple(Ceiling.from_json(c) for c in data))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _best(what: str, threads: int, machine: Machine, seconds: float) -> Ceiling | None:
+    """The fastest route to one roof."""
+    routes = {
+        "float32": lambda: _products("float32", threads, seconds),
+        "int8": lambda: _products("int8", threads, seconds),
+        "memory": lambda: _moves(min(LARGE, max(4 * _last_cache(machine), 64 * 2**20), machine.memory_bytes // 8)),
+        "cache": lambda: _moves(dict(machine.caches).get("L2", SMALL) * threads // 2),
+        "call": _starts,
+    }[what]()
+    best: Ceiling | None = None
+    for by, amount, run in routes:
+        taken = call_seconds(run, seconds / 3, LEAST_REPEATS)
+        rate = median_interval(amount / taken)
+        if best is None or rate.mid > best.rate.mid:
+            best = Ceiling(what, threads, rate, by)
+    return best
+
+
+def _last_cache(machine: Machine) -> int:
+    return max((size for _, size in machine.caches), default=32 * 2**20)
+
+
+def _products(kind: str, threads: int, seconds: float) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    """Square products: name, operations, and the call."""
+    for by, make in (("torch", _torch_product), ("ONNX Runtime", _onnx_product)):
+        try:
+            probe = float(np.median(call_seconds(make(kind, 128, threads), 0.0)))
+        except (ImportError, RuntimeError, NotImplementedError):
+            continue  # this library has no such product on this machine
+        fits = [n for n in SIZES if probe * (n / 128) ** 3 * LEAST_REPEATS < seconds / 2]
+        size = fits[0] if fits else 128
+        yield by, 2.0 * size**3, make(kind, size, threads)
+
+
+def _torch_product(kind: str, size: int, threads: int) -> Callable[[], Any]:
+    import torch
+
+    if kind == "int8":
+        whole = torch.randint(-10, 10, (size, size), dtype=torch.int8)
+        return lambda: torch._int_mm(whole, whole)
+    a, out = torch.rand(size, size), torch.empty(size, size)
+    return lambda: torch.mm(a, a, out=out)
+
+
+def _onnx_product(kind: str, size: int, threads: int) -> Callable[[], Any]:
+    """A product with constant weights, uint8 by int8 as in quantized models, in a session of its own."""
+    import onnx
+    import onnxruntime
+
+    types = onnx.TensorProto
+    left, right, result, operator = (
+        (types.UINT8, np.int8, types.INT32, "MatMulInteger")
+        if kind == "int8"
+        else (types.FLOAT, np.float32, types.FLOAT, "MatMul")
+    )
+    rng = np.random.default_rng(0)
+    weights = onnx.numpy_helper.from_array(rng.integers(-10, 10, (size, size)).astype(right), "w")
+    make = onnx.helper
+    graph = make.make_graph(
+        [make.make_node(operator, ["x", "w"], ["y"])],
+        "product",
+        [make.make_tensor_value_info("x", left, [size, size])],
+        [make.make_tensor_value_info("y", result, [size, size])],
+        [weights],
+    )
+    model = make.make_model(graph, ir_version=10, opset_imports=[make.make_opsetid("", 17)])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    x = rng.integers(0, 10, (size, size)).astype(np.uint8 if kind == "int8" else np.float32)
+    return lambda: session.run(None, {"x": x})
+
+
+def _moves(size: int) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    """Copy, triad and sum over `size` bytes in all, repeated where that is little: name, bytes, call."""
+    import torch
+
+    half = max(size // 8, 1024)
+    a, b = torch.zeros(half), torch.ones(half)
+    repeats = max(1, 4 * 2**20 // size)
+
+    def repeated(run: Callable[[], Any]) -> Callable[[], Any]:
+        def all_of_them() -> None:
+            for _ in range(repeats):
+                run()
+
+        return all_of_them
+
+    yield "copy", 8.0 * half * repeats, repeated(lambda: a.copy_(b))
+    yield "triad", 12.0 * half * repeats, repeated(lambda: torch.add(a, b, alpha=0.5, out=a))
+    yield "sum", 8.0 * half * repeats, repeated(lambda: (a.sum(), b.sum()))
+
+
+def _starts() -> Iterator[tuple[str, float, Callable[[], Any]]]:
+    """What it costs to start an operation that has nothing to do: a linear layer of one number."""
+    import torch
+
+    layer, x = torch.nn.Linear(1, 1).eval(), torch.zeros(1, 1)
+
+    def run() -> None:
+        with torch.no_grad():
+            for _ in range(100):
+                layer(x)
+
+    yield "torch", 100.0, run

@@ -1,0 +1,209 @@
+"""Figures and recipes in a reader's words; plain ASCII but for what the caller named."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+
+from accelerando.goal import Bound
+from accelerando.interval import Interval
+from accelerando.recipe import Backend, Knob, Plugin, Recipe
+
+# Metrics that are shares of 1: shown in percent, and their differences in points.
+SHARES = frozenset({"accuracy", "top-5", "f1", "mean-iou", "agreement"})
+
+# How plugins are called in prose; any other reads as its name with spaces.  A form change needs no words: the
+# backend that follows implies it.
+NAMES = {
+    "eager": "PyTorch eager",
+    "inductor": "AOTInductor",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "export_onnx": "",
+    "export_torch": "",
+    "fold": "folded",
+    "half": "16-bit floats",
+    "quantize_static": "int8 static",
+    "quantize_dynamic": "int8 dynamic",
+    "quantize_weights": "int8 weights",
+}
+# Knobs whose value says enough without the knob's name.
+SELF_EVIDENT = frozenset({"method", "calibration", "dtype", "precision", "hint", "layout", "format", "mode"})
+CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+
+
+def clean(text: str) -> str:
+    """Somebody else's words without control codes: compilers colour their errors, and a terminal would obey."""
+    return CONTROL.sub("", text.replace("\r\n", "\n").replace("\t", "    "))
+
+
+def shorten(text: str, most: int) -> str:
+    """One line of at most so many characters."""
+    line = " ".join(clean(text).split())
+    return line if len(line) <= most else line[: most - 3].rstrip() + "..."
+
+
+# --- recipes ----------------------------------------------------------------------------------------------------
+
+
+def plugin(part: Plugin) -> str:
+    """A technique or backend with the knobs that are not at their defaults; empty for a bare change of form."""
+    name = NAMES.get(part.name, part.name.replace("_", " "))
+    knobs = changed_knobs(part)
+    if knobs and not name:
+        name = part.name.replace("_", " ")
+    return f"{name} ({', '.join(knobs)})" if knobs else name
+
+
+def changed_knobs(part: Plugin) -> list[str]:
+    """The knobs that are not at their defaults, each in words."""
+    defaults = {f.name: f.default for f in dataclasses.fields(part)}  # type: ignore[arg-type]
+    return [knob(name, value) for name, value in part.knobs.items() if value != defaults[name]]
+
+
+def knob(name: str, value: Knob) -> str:
+    """One setting: `1 thread`, `no arena`, `entropy`, `opset 20`."""
+    words = name.replace("_", " ")
+    if value is None or value is False:
+        return f"no {words}"
+    if value is True:
+        return words
+    if isinstance(value, str):
+        text = shorten(value, 40).replace("_", " ")
+        return text if name in SELF_EVIDENT else f"{words} {text}"
+    if words.endswith("s") and isinstance(value, int):
+        return f"{value} {words[:-1] if value == 1 else words}"
+    return f"{words} {value:.4g}" if isinstance(value, float) else f"{words} {value}"
+
+
+def recipe(made: Recipe) -> str:
+    """A recipe as a person would say it: `ONNX Runtime, int8 static (entropy), 1 thread`."""
+    backend: Backend = made.backend
+    parts = [NAMES.get(backend.name, backend.name.replace("_", " ")), *(plugin(s) for s in made.steps)]
+    return clean(", ".join([*filter(None, parts), *changed_knobs(backend)]))
+
+
+# --- figures ----------------------------------------------------------------------------------------------------
+
+
+def figure(value: float, digits: int = 3) -> str:
+    """A number to so many significant digits, without an exponent where that is readable."""
+    if not math.isfinite(value):
+        return "unknown" if math.isnan(value) else "unlimited" if value > 0 else "-unlimited"
+    if value == 0:
+        return "0"
+    if not 1e-4 <= abs(value) < 1e6:
+        return f"{value:.{digits - 1}e}"
+    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    return f"{value:.{places}f}"
+
+
+def seconds(value: float) -> str:
+    """A latency: `850 us`, `1.23 ms`, `2.10 s`."""
+    for unit, scale in (("us", 1e6), ("ms", 1e3)):
+        if abs(value) * scale < 1000:
+            return f"{figure(value * scale)} {unit}"
+    return f"{figure(value)} s"
+
+
+def duration(value: float) -> str:
+    """A time that a person waits: `8.3 s`, `52 s`, `2 min 5 s`, `1 h 4 min`."""
+    if value < 10:
+        return f"{value:.1f} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s" if whole % 60 else f"{whole // 60} min"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def size(value: float) -> str:
+    """Bytes in powers of ten, as disks and goals count: `3.50 MB`."""
+    for unit, scale in (("B", 1.0), ("kB", 1e3), ("MB", 1e6)):
+        if abs(value) < 1000 * scale:
+            return f"{value:.0f} B" if unit == "B" else f"{figure(value / scale)} {unit}"
+    return f"{figure(value / 1e9)} GB"
+
+
+def times(value: float) -> str:
+    return f"{figure(value)}x"
+
+
+def _fixed(value: float, places: int) -> str:
+    text = f"{value:.{places}f}"
+    return text.removeprefix("-") if float(text) == 0 else text
+
+
+def points(value: float) -> str:
+    """A difference of shares, in points of a percent."""
+    return _fixed(100 * value, 2 if 0 < abs(value) < 0.0005 else 1)
+
+
+def quality(metric: str, value: float) -> str:
+    """A metric's value: percent where it is a share."""
+    return f"{_fixed(100 * value, 1)} %" if metric in SHARES else figure(value)
+
+
+def difference(metric: str, value: float) -> str:
+    """A bare difference of the metric: points where it is a share, else its own unit."""
+    return points(value) if metric in SHARES else figure(value)
+
+
+def between(interval: Interval, say: object = None) -> str:
+    """`mid (low to high)`, or the figure alone where nothing is uncertain."""
+    words = say if callable(say) else figure
+    low, mid, high = (str(words(v)) for v in (interval.low, interval.mid, interval.high))
+    unit = mid.rpartition(" ")[2] if " " in mid else ""
+    if unit and all(x.endswith(f" {unit}") for x in (low, high)):  # say a unit once: 3.1 ms (2.9 to 3.4)
+        low, high = low.removesuffix(f" {unit}"), high.removesuffix(f" {unit}")
+    if all(x.endswith("x") for x in (low, mid, high)):
+        low, high = low[:-1], high[:-1]
+    return mid if interval.low == interval.high else f"{mid} ({low} to {high})"
+
+
+def drop(metric: str, interval: Interval) -> str:
+    """`0.1 points (-0.2 to 0.4)`, or in the metric's own unit."""
+    if metric not in SHARES:
+        return between(interval)
+    if interval.low == interval.high:
+        return f"{points(interval.mid)} points"
+    return f"{points(interval.mid)} points ({points(interval.low)} to {points(interval.high)})"
+
+
+# --- goals ------------------------------------------------------------------------------------------------------
+
+
+def quantity(bound: Bound, value: float, metric: str) -> str:
+    """A value in the unit of the quantity that a bound is about."""
+    if bound.quantity == "speedup":
+        return times(value)
+    if bound.quantity in ("latency", "p95", "p99"):
+        return seconds(value)
+    if bound.quantity == "throughput":
+        return f"{figure(value)} /s"
+    if bound.quantity in ("memory", "size"):
+        return size(value)
+    if bound.quantity == "drop" and bound.relative:
+        return f"{points(value)} %"
+    if bound.quantity == "drop" and metric in SHARES:
+        return f"{points(value)} points"
+    return quality(metric, value)
+
+
+def bound(asked: Bound, metric: str, value: float | None = None) -> str:
+    """A bound as it would be asked for: `drop <= 1 %`.
+
+    Args:
+        value: another value in place of the one that was asked for.
+    """
+    value = asked.value if value is None else value
+    if asked.quantity == "drop" and (asked.relative or metric in SHARES):
+        said = f"{figure(100 * value)} {'%' if asked.relative else 'points'}"
+    elif asked.quantity == "quality" and metric in SHARES:
+        said = f"{figure(100 * value, 4)} %"
+    else:
+        said = quantity(asked, value, metric)
+    said = re.sub(r"\.(\d*?)0+(?!\d)", lambda m: f".{m[1]}" if m[1] else "", said)
+    return f"{asked.quantity} {'>=' if asked.least else '<='} {said}"

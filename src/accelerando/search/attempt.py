@@ -1,0 +1,154 @@
+"""`attempt`: the one place where an exception becomes data."""
+
+from __future__ import annotations
+
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from accelerando.errors import Reason, RefusalError, UsageError
+from accelerando.goal import Goal, Outcome
+from accelerando.interval import Interval
+from accelerando.measure.arm import Subject
+from accelerando.measure.duel import SELECT, Effort
+from accelerando.measure.examine import Bench, examine
+from accelerando.recipe import Artifact, File, Recipe
+from accelerando.search.ask import LOSSLESS_DROP, Proposal
+from accelerando.search.workshop import Built, Workshop
+from accelerando.trial import Evidence, Refused, Trial, Verified
+
+BUILD_SECONDS = 300.0  # a build that takes longer has hung, whatever the budget
+HOPE = 0.9  # a candidate that is under this share of the original's speed after the screen is turned away
+
+
+@dataclass(frozen=True)
+class Grounds:
+    """Where attempts are made: the workshop that builds, the bench that examines, and the bundle's folder."""
+
+    workshop: Workshop
+    bench: Bench
+    goal: Goal
+    into: Path
+
+    def folder(self, recipe: Recipe) -> Path:
+        return self.into / "rungs" / recipe.key
+
+    def subject(self, recipe: Recipe, artifact: Artifact) -> Subject:
+        """A recipe's files; the user's own module goes along only where the backend needs it."""
+        skeleton = None if recipe.backend.portable else self.bench.original.skeleton
+        return Subject(recipe, artifact, self.folder(recipe), skeleton)
+
+
+def attempt(
+    proposal: Proposal,
+    grounds: Grounds,
+    history: tuple[Trial, ...],
+    seconds_left: float,
+    doing: Callable[[str], None] = lambda what: None,
+) -> Trial:
+    """Build, load from disk and measure one recipe.  Gives a trial, whatever happens.
+
+    Args:
+        proposal: what to try; if `again`, the files are there and more rounds are added to its evidence.
+        history: trials so far, from which the gates take the best.
+        seconds_left: of the budget.
+        doing: told of each step.
+
+    Raises:
+        UsageError: the caller's own mistake came to light only now, such as a metric that fails.
+    """
+    recipe, start = proposal.recipe, time.monotonic()
+    before = next((t for t in reversed(history) if t.recipe.key == recipe.key), None)
+    log: tuple[str, ...] = ()
+    try:
+        if proposal.again and before and before.verified:
+            doing("measuring again")
+            artifact, log = before.verified.artifact, before.log
+            more = examine(grounds.subject(recipe, artifact), grounds.bench, "select", SELECT, seed=len(history))
+            outcome: Verified | Refused = Verified(artifact, merged(before.verified.evidence, more))
+        else:
+            doing("building")
+            built = _build(recipe, grounds, min(BUILD_SECONDS, max(30.0, seconds_left)))
+            log = built.log
+            doing("measuring")
+            outcome = Verified(built.artifact, _examine(recipe, built.artifact, grounds, history))
+    except RefusalError as error:
+        outcome = Refused(error.reason, error.detail, error.step, error.evidence, error.speedup)
+    except UsageError:
+        raise
+    except Exception as error:  # noqa: BLE001  this is the place
+        lines = "".join(traceback.format_exception(error))[-2000:]
+        outcome = Refused(Reason.CRASHED, f"{type(error).__name__}: {error}\n{lines}")
+    if isinstance(outcome, Refused):
+        shutil.rmtree(grounds.folder(recipe), ignore_errors=True)
+    return Trial(recipe, outcome, time.monotonic() - start, log)
+
+
+def merged(before: Evidence, more: Evidence) -> Evidence:
+    """One evidence from two examinations of the same files: all rounds and calls of both."""
+    both = ("rounds", "stolen", "seconds", "original_seconds")
+    together = {f: np.concatenate([getattr(before, f), getattr(more, f)]) for f in both}
+    return replace(more, **together, peak_bytes=max(before.peak_bytes, more.peak_bytes))  # type: ignore[arg-type]
+
+
+def _build(recipe: Recipe, grounds: Grounds, timeout: float) -> Built:
+    folder = grounds.folder(recipe)
+    shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half of it
+    built = grounds.workshop.build(recipe, folder, timeout)
+    check_files(built.artifact, folder)
+    return built
+
+
+def check_files(artifact: Artifact, folder: Path) -> None:
+    """Whether every file is there, whole and unchanged.
+
+    Raises:
+        RefusalError: DAMAGED.
+    """
+    if not artifact.files:
+        raise RefusalError(Reason.DAMAGED, "the backend left no file")
+    for file in artifact.files:
+        path = folder / file.path
+        if not path.is_file() or File.of(path, folder) != file:
+            raise RefusalError(Reason.DAMAGED, f"{file.path} is not the {file.bytes:,} bytes that were written")
+
+
+def _examine(recipe: Recipe, artifact: Artifact, grounds: Grounds, history: tuple[Trial, ...]) -> Evidence:
+    subject, bench, goal = grounds.subject(recipe, artifact), grounds.bench, grounds.goal
+    if recipe.key == bench.original.recipe.key:
+        return examine(subject, bench, "select", SELECT)
+    best = _best_lossless(history)
+
+    def too_slow(speedup: Interval) -> RefusalError | None:
+        if best is not None and best.evidence and speedup.high < best.evidence.speedup.low:
+            figure, other = f"{speedup.mid:.2f}x", best.evidence.speedup
+            return RefusalError(Reason.TOO_SLOW, f"{figure}, where {best.recipe} gives {other.mid:.2f}x and loses nothing")
+        if speedup.high < HOPE:
+            return RefusalError(Reason.TOO_SLOW, f"{speedup.mid:.2f}x: slower than the original")
+        return None
+
+    def too_bad(evidence: Evidence) -> RefusalError | None:
+        missed = [
+            c for c in goal.judge(evidence).checks if c.bound in goal.quality_bounds and c.outcome is Outcome.NOT_MET
+        ]
+        if missed:
+            drop = evidence.relative_drop
+            return RefusalError(Reason.BELOW_QUALITY, f"drop {drop.mid:.1%} ({drop.low:.1%} to {drop.high:.1%})")
+        return None
+
+    def lost(speedup: Interval) -> bool:
+        return best is not None and best.evidence is not None and speedup.high < best.evidence.speedup.low
+
+    calls = Effort(SELECT.least, SELECT.most, SELECT.block_seconds, calls=min(goal.samples_needed, 2000))
+    return examine(subject, bench, "select", calls, after_screen=too_slow, after_scores=too_bad, answered=lost)
+
+
+def _best_lossless(history: tuple[Trial, ...]) -> Trial | None:
+    """The fastest verified recipe that loses nothing: whatever is clearly slower than it can't win."""
+    lossless = [t for t in history if t.verified and t.evidence and t.evidence.relative_drop.mid <= LOSSLESS_DROP]
+    return max(lossless, key=lambda t: t.evidence.speedup.mid if t.evidence else 0.0, default=None)

@@ -1,0 +1,125 @@
+"""What trials teach about recipes that were not tried: Bayesian linear regression on the parts of a recipe.
+
+The logarithm of the speedup is taken as a sum over parts: the backend, each technique, each knob, and how they go
+together.  One measured recipe so moves the belief about all that share a part with it: int8 that was slow on one
+backend is expected to be slow at its other thread counts, and less so on another backend.  The drop in quality is
+believed likewise.  (Bishop, *Pattern Recognition and Machine Learning*, section 3.3.)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from accelerando.interval import Floats
+from accelerando.recipe import Backend, Plugin, Recipe, Stage
+
+
+@dataclass(frozen=True)
+class Prior:
+    """Mean and standard deviation of a part's effect before anything was measured."""
+
+    mean: float
+    deviation: float
+
+
+# In log speedup.  A compiler usually helps, by how much is open; one knob changes little.
+SPEED = {
+    "backend": Prior(0.6, 0.7), "own": Prior(0.0, 0.2), "exact": Prior(0.0, 0.1), "step": Prior(0.15, 0.4),
+    "pair": Prior(0.0, 0.35), "knob": Prior(0.0, 0.15), "knob pair": Prior(0.0, 0.12),
+}  # fmt: skip
+# In relative drop.  Exact steps lose nothing; what a knob adds or takes is small.
+DROP = {
+    "backend": Prior(0.0, 0.0005), "own": Prior(0.0, 0.0005), "exact": Prior(0.0, 0.0005), "step": Prior(0.004, 0.02),
+    "pair": Prior(0.0, 0.005), "knob": Prior(0.0, 0.004), "knob pair": Prior(0.0, 0.001),
+}  # fmt: skip
+
+
+def parts(recipe: Recipe) -> tuple[tuple[str, str], ...]:
+    """A recipe as (kind of part, name of part) pairs."""
+    backend = recipe.backend
+    found = [("backend" if backend.portable else "own", backend.name)]
+    found += [("knob", f"{backend.name}.{k}={v}") for k, v in changed(backend)]
+    for step in recipe.steps:
+        found.append(("exact" if step.exact else "step", step.name))
+        found += [("knob", f"{step.name}.{k}={v}") for k, v in changed(step)]
+        if step.stage >= Stage.QUANTIZE:
+            found.append(("pair", f"{step.name}+{backend.name}"))
+            found += [("knob pair", f"{step.name}+{backend.name}.{k}={v}") for k, v in changed(backend)]
+    return tuple(found)
+
+
+def changed(plugin: Plugin) -> list[tuple[str, object]]:
+    """The knobs that are not at their defaults."""
+    plain = type(plugin)().knobs
+    return [(k, v) for k, v in plugin.knobs.items() if v != plain[k]]
+
+
+@dataclass(frozen=True)
+class Belief:
+    """A normal belief about a figure of every recipe.
+
+    Args:
+        names: parts, in the order of the columns.
+        mean: (p,), covariance: (p, p) of the parts' effects.
+        priors: for parts that no measurement has touched.
+    """
+
+    names: dict[str, int]
+    mean: Floats
+    covariance: Floats
+    priors: dict[str, Prior]
+
+    @classmethod
+    def learn(cls, seen: Iterable[tuple[Recipe, float, float]], priors: dict[str, Prior]) -> Belief:
+        """From (recipe, figure, standard error of the figure)."""
+        rows = [(parts(recipe), figure, max(error, 1e-6)) for recipe, figure, error in seen]
+        kinds = {name: kind for found, _, _ in rows for kind, name in found}
+        names = {name: i for i, name in enumerate(sorted(kinds))}
+        mean = np.array([priors[kinds[n]].mean for n in names])
+        deviation = np.array([priors[kinds[n]].deviation for n in names])
+        if not rows:
+            return cls({}, np.zeros(0), np.zeros((0, 0)), priors)
+        design = np.zeros((len(rows), len(names)))
+        for i, (found, _, _) in enumerate(rows):
+            for _, name in found:
+                design[i, names[name]] = 1
+        weight = 1 / np.array([error for _, _, error in rows]) ** 2
+        precision = np.diag(1 / deviation**2) + design.T @ (weight[:, None] * design)
+        covariance = np.linalg.inv(precision)
+        figures = np.array([figure for _, figure, _ in rows])
+        mean = covariance @ (mean / deviation**2 + design.T @ (weight * figures))
+        return cls(names, mean, covariance, priors)
+
+    def about(self, recipe: Recipe) -> tuple[float, float]:
+        """Mean and standard deviation of the figure of a recipe."""
+        mean, variance, known = 0.0, 0.0, []
+        for kind, name in parts(recipe):
+            if name in self.names:
+                known.append(self.names[name])
+            else:
+                mean += self.priors[kind].mean
+                variance += self.priors[kind].deviation ** 2
+        if known:
+            mean += float(self.mean[known].sum())
+            variance += float(self.covariance[np.ix_(known, known)].sum())
+        return mean, math.sqrt(max(variance, 1e-12))
+
+
+def expected_gain(mean: float, deviation: float, best: float) -> float:
+    """E[max(0, figure - best)] of a normal figure (Mockus 1975; Jones et al. 1998, equation 15)."""
+    z = (mean - best) / deviation
+    return (mean - best) * probability(z) + deviation * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+
+
+def probability(z: float) -> float:
+    """The standard normal distribution function."""
+    return 0.5 * math.erfc(-z / math.sqrt(2))
+
+
+def spread(values: Sequence[float]) -> float:
+    """The standard error that an interval's width stands for."""
+    return (values[-1] - values[0]) / 3.92

@@ -1,0 +1,135 @@
+"""Certify: the figures that are printed, measured once, on samples and in rounds that nothing was selected on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from accelerando.errors import Reason, RefusalError
+from accelerando.goal import Goal, Outcome
+from accelerando.ladder import Ladder, Rung
+from accelerando.measure.arm import Arm
+from accelerando.measure.duel import CERTIFY, Effort
+from accelerando.measure.examine import examine
+from accelerando.recipe import Recipe
+from accelerando.search.attempt import Grounds
+from accelerando.search.budget import Budget
+from accelerando.signature import Array
+from accelerando.trial import Refused, Trial
+
+MOST_RUNGS = 6
+FALLBACKS = 3  # how many runners-up may take the place of a best that does not certify
+LEAST_SECONDS = 4.0  # under this a rung is not worth starting on
+
+
+@dataclass
+class Certificate:
+    """What certifying found: rungs by recipe key, their answers to the probe, and who failed."""
+
+    rungs: dict[str, Rung] = field(default_factory=dict)
+    answers: dict[str, list[Array]] = field(default_factory=dict)
+    failed: list[Trial] = field(default_factory=list)
+
+
+def certify(
+    history: Sequence[Trial],
+    original: Recipe,
+    grounds: Grounds,
+    probe: tuple[Array, ...],
+    budget: Budget,
+    doing: Callable[[Recipe, str], None] = lambda recipe, what: None,
+) -> tuple[Ladder, Rung, Certificate]:
+    """The certified ladder, and its best rung.
+
+    The order is fixed before anything is measured: the original, the best by the select split, its runners-up
+    only while no best has met the goal, then the other rungs as long as time lasts.  The best is the first of that
+    order that meets the goal, so that it is not picked for its luck on the certify split.
+
+    Returns:
+        The ladder, the best rung, and the certificate.
+
+    Raises:
+        RefusalError: the original itself can't be measured any more.
+    """
+    goal, done = grounds.goal, Certificate()
+    verified = {t.recipe.key: t for t in history if t.verified}
+    first = verified[original.key]
+    ranked = sorted(verified.values(), key=lambda t: goal.merit(t.evidence), reverse=True)  # type: ignore[arg-type]
+    ladder = Ladder.climb(list(verified.values()), original)
+    others = [verified[r.recipe.key] for r in reversed(ladder.rungs)]
+    queue = _unique([first, ranked[0], *others])[:MOST_RUNGS]
+    best: Rung | None = None
+    waiting = [t for t in ranked[1 : 1 + FALLBACKS] if t.recipe.key != original.key]
+    while queue:
+        trial = queue.pop(0)
+        if budget.left < LEAST_SECONDS and trial is not first:
+            break
+        doing(trial.recipe, "certifying")
+        rung = _certify(trial, grounds, probe, done, budget.left / (len(queue) + 1))
+        if rung is None:
+            if trial is first:
+                raise RefusalError(Reason.CRASHED, done.failed[-1].outcome.detail)  # type: ignore[union-attr]
+            queue = _unique([*waiting[:1], *queue])
+            waiting = waiting[1:]
+            continue
+        if best is None and trial is not first:
+            if goal.judge(rung.evidence).outcome is Outcome.MET:
+                best = rung
+            elif waiting and trial in ranked[: 1 + FALLBACKS]:
+                queue = _unique([waiting[0], *queue])
+                waiting = waiting[1:]
+    rungs = list(done.rungs.values())
+    best = best or max(rungs, key=lambda r: goal.merit(r.evidence))
+    climbed = Ladder.of(rungs, original)
+    if best.recipe.key not in {r.recipe.key for r in climbed.rungs}:
+        climbed = _with(climbed, best)
+    return climbed, best, done
+
+
+def uncertified(history: Sequence[Trial], original: Recipe, goal: Goal) -> tuple[Ladder, Rung]:
+    """The ladder and the best as the search has them so far: what an interrupt leaves."""
+    verified = {t.recipe.key: t for t in history if t.verified}
+    ladder = Ladder.climb(list(verified.values()), original)
+    best = max(ladder.rungs, key=lambda r: goal.merit(r.evidence))
+    return ladder, best
+
+
+def _certify(trial: Trial, grounds: Grounds, probe: tuple[Array, ...], done: Certificate, seconds: float) -> Rung | None:
+    assert trial.verified is not None
+    subject = grounds.subject(trial.recipe, trial.verified.artifact)
+    answers: list[Array] = []
+
+    def ask(arm: Arm) -> None:
+        answers.extend(arm.answers(probe, grounds.bench.seconds_limit))
+
+    try:
+        evidence = examine(subject, grounds.bench, "certify", _effort(grounds.goal, seconds), visit=ask, seed=1)
+    except RefusalError as error:
+        done.failed.append(replace(trial, outcome=Refused(error.reason, f"while certifying: {error.detail}")))
+        return None
+    rung = Rung(trial.recipe, trial.verified.artifact, evidence, certified=True)
+    done.rungs[trial.recipe.key] = rung
+    done.answers[trial.recipe.key] = answers
+    return rung
+
+
+def _effort(goal: Goal, seconds: float) -> Effort:
+    """As many rounds as fit, between the least and the most that certifying asks for."""
+    rounds = int(seconds * 0.6 / (2 * CERTIFY.block_seconds))
+    most = min(CERTIFY.most, max(CERTIFY.least, rounds))
+    return replace(CERTIFY, most=most, calls=goal.samples_needed)
+
+
+def _unique(trials: Sequence[Trial]) -> list[Trial]:
+    return list({t.recipe.key: t for t in trials}.values())
+
+
+def _with(ladder: Ladder, rung: Rung) -> Ladder:
+    """The ladder with the best rung in it, in the place of whatever is not clearly told from it in speed."""
+    apart = [
+        r
+        for i, r in enumerate(ladder.rungs)
+        if i == 0 or r.evidence.clearly_faster_than(rung.evidence) or rung.evidence.clearly_faster_than(r.evidence)
+    ]
+    first, rest = apart[0], [*apart[1:], rung]
+    return Ladder((first, *sorted(rest, key=lambda r: r.evidence.speedup.mid)))

@@ -1,0 +1,105 @@
+"""The space: every route that forms and stages allow, and the settings along it.
+
+A route is technique classes, then a backend class.  Recipes are made from it one choice at a time; the space is
+never multiplied out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from accelerando.errors import RefusalError
+from accelerando.machine import Machine
+from accelerando.recipe import Backend, Plugin, Recipe, Stage, Technique
+from accelerando.workload import Form, Model
+
+
+@dataclass(frozen=True)
+class Route:
+    """Settings to choose from: for each technique in order, then for the backend; defaults first."""
+
+    choices: tuple[tuple[Plugin, ...], ...]
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(c[0].name for c in self.choices)
+
+    def recipe(self, parts: Sequence[Plugin]) -> Recipe:
+        *steps, backend = parts
+        return Recipe(tuple(steps), backend)  # type: ignore[arg-type]
+
+    @property
+    def default(self) -> Recipe:
+        return self.recipe([c[0] for c in self.choices])
+
+    def neighbours(self, recipe: Recipe) -> Iterator[Recipe]:
+        """The recipes that differ from one on this route in a single part."""
+        parts: list[Plugin] = [*recipe.steps, recipe.backend]
+        for i, choices in enumerate(self.choices):
+            for choice in choices:
+                if choice != parts[i]:
+                    yield self.recipe([*parts[:i], choice, *parts[i + 1 :]])
+
+
+@dataclass(frozen=True)
+class Space:
+    """All routes for a model here, and those that planning had to turn away."""
+
+    original: Recipe
+    routes: tuple[Route, ...]
+    turned_away: tuple[tuple[Recipe, RefusalError], ...] = field(default=())
+
+    @classmethod
+    def plan(
+        cls,
+        model: Model,
+        machine: Machine,
+        techniques: Mapping[str, type[Technique]],
+        backends: Mapping[str, type[Backend]],
+    ) -> Space:
+        """Derive the routes from what techniques and backends declare.
+
+        At most one technique of a route quantizes; a backend that needs the user's own code takes no steps.
+        """
+        settings = {kind: tuple(kind.choices(model, machine)) or (kind(),) for kind in (*techniques.values(), *backends.values())}
+        routes, away = [], []
+        for steps in _chains(model.form, Stage.SHAPE, (), list(techniques.values())):
+            form = steps[-1].gives if steps else model.form
+            for backend in backends.values():
+                if form not in backend.takes or (steps and not backend.portable):
+                    continue
+                route = Route(tuple(settings[kind] for kind in (*steps, backend)))
+                if refusal := route.default.refuse(model, machine):
+                    away.append((route.default, refusal))
+                else:
+                    routes.append(route)
+        return cls(original_recipe(model, backends), tuple(routes), tuple(away))
+
+    @cached_property
+    def by_names(self) -> Mapping[tuple[str, ...], Route]:
+        return {route.names: route for route in self.routes}
+
+    def route_of(self, recipe: Recipe) -> Route | None:
+        return self.by_names.get((*(s.name for s in recipe.steps), recipe.backend.name))
+
+
+def original_recipe(model: Model, backends: Mapping[str, type[Backend]]) -> Recipe:
+    """The original as a recipe: no steps, and the backend in which it came, at its defaults."""
+    return Recipe((), backends["eager" if model.form is Form.TORCH else "onnxruntime"]())
+
+
+def _chains(
+    form: Form, stage: Stage, so_far: tuple[type[Any], ...], techniques: Sequence[type[Technique]]
+) -> Iterator[tuple[type[Any], ...]]:
+    """Every order of techniques in which forms chain and stages do not go back."""
+    yield so_far
+    quantized = any(t.stage is Stage.QUANTIZE for t in so_far)
+    for technique in techniques:
+        if technique.takes is not form or technique.stage < stage or technique in so_far:
+            continue
+        if quantized and technique.stage is Stage.QUANTIZE:
+            continue
+        yield from _chains(technique.gives, technique.stage, (*so_far, technique), techniques)
