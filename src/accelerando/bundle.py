@@ -7,8 +7,6 @@
 from __future__ import annotations
 
 import json
-import math
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -25,11 +23,12 @@ from accelerando.errors import (
     ModelError,
     RefusalError,
 )
-from accelerando.goal import Goal, Outcome, Verdict
+from accelerando.goal import Goal, Verdict
 from accelerando.ladder import Ladder, Rung
 from accelerando.machine import Machine, installed_version
 from accelerando.parity import PARITY_BYTES, Parity
 from accelerando.plugins import StoredBackend, stored_recipe
+from accelerando.proof import Finding, findings
 from accelerando.recipe import File, Runner
 from accelerando.signature import Signature
 from accelerando.strict_json import Each, Maybe, Number, Open, canonical, check, parse
@@ -45,19 +44,6 @@ OUTCOMES = {
     "verified": {"artifact": [law.FILE], "evidence": law.EVIDENCE},
     "refused": {"reason": str, "detail": str, "evidence": Maybe(law.EVIDENCE)},
 }
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that `Bundle.verify` looked at.
-
-    `passed` is None where it could not be looked at here; `code` is that of `docs/format.md` where it failed.
-    """
-
-    subject: str
-    passed: bool | None
-    code: str = ""
-    detail: str = ""
 
 
 @dataclass(frozen=True)
@@ -159,7 +145,7 @@ class Bundle:
             "profile": None,
         }
         for name, kind, content in (
-            ("parity", "npz", parity and parity.to_bytes()),
+            ("parity", "npz", None if parity is None else parity.to_bytes()),
             ("profile", "json", None if profile is None else canonical(law.finite(profile))),
         ):
             if content is not None:  # named after its content: the former manifest's stays in its place
@@ -214,8 +200,8 @@ class Bundle:
         if self.workload["digest"] != digest:
             raise BundleError(
                 "other-model",
-                f"{self.path} holds a bundle of another model, or of other data ({self.workload['digest'][:12]}, not "
-                f"{digest[:12]}); give another folder",
+                f"{self.path} holds a bundle of another model, or of other data: its digest is "
+                f"{self.workload['digest'][:16]}, not {digest[:16]}; give another folder",
             )
 
     @property
@@ -305,59 +291,7 @@ class Bundle:
         Args:
             model: the original module, for rungs that are not portable.
         """
-        return list(self._findings(model))
-
-    def _findings(self, model: Any) -> Iterator[Finding]:
-        yield self._verdict_finding()
-        parity: Parity | None = None
-        try:
-            parity = self.parity
-            yield Finding("parity", True if parity else None, detail="" if parity else "no rows were stored")
-        except BundleError as error:
-            yield Finding("parity", False, error.code, str(error))
-        for i, rung in enumerate(self.ladder.rungs):
-            subject = f"rung {i}, {rung.recipe}"
-            try:
-                self.check_rung(rung)
-                self._check_summary(i)
-                yield Finding(f"{subject}: files and evidence", True)
-                if parity:
-                    self._check_answers(rung, parity, model)
-                    yield Finding(f"{subject}: answers", True)
-            except (MissingExtraError, ModelError, RefusalError) as error:
-                yield Finding(f"{subject}: answers", None, detail=str(error))
-            except BundleError as error:
-                yield Finding(subject, False, error.code, str(error))
-
-    def _verdict_finding(self) -> Finding:
-        """The verdict, judged again.  Near a bound the bootstrap may fall otherwise elsewhere, so only
-        a "met" that is now "not met" (or the reverse) is a failure."""
-        now = self.goal.judge(self.ladder.rungs[self.best].evidence).outcome
-        said = self.verdict.outcome
-        if {now, said} == {Outcome.MET, Outcome.NOT_MET}:
-            return Finding("verdict", False, "verdict", f"it says {said.value}, but the evidence says {now.value}")
-        return Finding("verdict", True)
-
-    def _check_summary(self, number: int) -> None:
-        """Raises BundleError `summary` where the figures for readers are not those of the evidence."""
-        now, said = law.finite(self.ladder.rungs[number].evidence.summary()), self.summaries[number]
-        # Only what no random resampling touches: other versions of numpy may draw otherwise.
-        for name in ("split", "batch", "metric", "speedup", "latency_seconds", "throughput_per_second"):
-            if not _close(now[name], said.get(name)):
-                raise BundleError(
-                    "summary", f"rung {number} says {name} {said.get(name)}, its evidence {now[name]}"
-                )
-
-    def _check_answers(self, rung: Rung, parity: Parity, model: Any) -> None:
-        """Raises BundleError `differs` where a rung answers otherwise than when it was stored."""
-        if rung.recipe.key not in parity.rungs or len(parity.inputs) != len(self.signature.inputs):
-            raise BundleError("parity", f"no answers of {rung.recipe} were stored, or not for its inputs")
-        runner = self.start(rung, model)
-        try:
-            if wrong := parity.deviation(rung.recipe.key, runner(list(parity.inputs))):
-                raise BundleError("differs", f"{rung.recipe}: {wrong}")
-        finally:
-            runner.close()
+        return list(findings(self, model))
 
     def _sweep(self) -> None:
         """Remove what only a former manifest needed."""
@@ -386,12 +320,3 @@ def _trial(data: Any) -> Trial:
         return Trial.from_json(data)
     except BrokenPluginError:
         return Trial.from_json(data, stored_recipe(data["recipe"]))
-
-
-def _close(a: Any, b: Any) -> bool:
-    """Whether plain values are the same, numbers to six digits."""
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_close(a[k], b[k]) for k in a)
-    if isinstance(a, float) and isinstance(b, (int, float)):
-        return math.isclose(a, b, rel_tol=1e-6)
-    return bool(a == b)

@@ -16,7 +16,7 @@ from accelerando.recipe import File
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def join(root: Path, name: str, code: str = "missing-file") -> Path:
+def join(root: Path, name: str) -> Path:
     """The path of a file below a folder, which it does not leave even by a link.
 
     Raises:
@@ -117,6 +117,8 @@ def _size(path: Path, absent: str) -> int:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
         raise BundleError(absent, f"{path} is not there; copy the bundle again, or give another folder") from error
+    except OSError as error:
+        raise BundleError("link", f"{path} can't be followed: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):
         raise BundleError("not-a-file", f"{path} must be a plain file, but is not")
     return found.st_size

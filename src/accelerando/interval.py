@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
@@ -141,28 +142,44 @@ def paired_bootstrap(
         ValueError: the shapes differ, or there are no samples.
     """
     if ours.shape != theirs.shape or ours.ndim != 2 or len(ours) == 0:
-        raise ValueError(
-            f"paired statistics must share a shape (n >= 1, k), but got {ours.shape} and {theirs.shape}"
-        )
+        raise ValueError(f"paired statistics must share a shape (n >= 1, k), but got {ours.shape} and {theirs.shape}")
     rng = np.random.default_rng(seed)
     n, k = ours.shape
     joint = np.concatenate([ours, theirs], axis=1)
-    binary = k == 1 and bool(np.isin(joint, (0.0, 1.0)).all())
-    if binary:
+    tail = (1 - confidence) / 2
+    if k == 1 and bool(np.isin(joint, (0.0, 1.0)).all()):
         cells = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.float64)
         counts = np.array([np.sum((joint == cell).all(axis=1)) for cell in cells]) + 0.5  # Agresti & Min
         draws = rng.multinomial(n, counts / counts.sum(), size=resamples) @ cells / n
     else:
-        uniform = np.full(n, 1 / n)
+        tail = _expanded(tail, n)
         step = max(1, 2_000_000 // n)
         draws = np.concatenate(
-            [
-                rng.multinomial(n, uniform, size=min(step, resamples - a)) @ joint / n
-                for a in range(0, resamples, step)
-            ]
+            [_resampled_means(joint, min(step, resamples - start), rng) for start in range(0, resamples, step)]
         )
     values = figure(draws[:, :k], draws[:, k:])
     middle = float(figure(ours.mean(axis=0), theirs.mean(axis=0)))
-    tail = (1 - confidence) / 2
     low, high = (float(v) for v in np.quantile(values, [tail, 1 - tail]))
     return Interval(min(low, middle), middle, max(high, middle), confidence)
+
+
+def _resampled_means(rows: Floats, count: int, rng: np.random.Generator) -> Floats:
+    """The means (count, k) of `count` draws with replacement from rows (n, k)."""
+    n = len(rows)
+    drawn = rng.integers(n, size=(count, n)) + n * np.arange(count)[:, None]
+    times = np.bincount(drawn.ravel(), minlength=count * n).reshape(count, n)
+    return times.astype(np.float64) @ rows / n
+
+
+def _expanded(tail: float, n: int) -> float:
+    """The tail at which a percentile bootstrap of n values is as wide as Student's t asks for.
+
+    A plain one is too narrow by sqrt((n - 1) / n) and by the normal's thinner tails (Hesterberg, *What Teachers
+    Should Know About the Bootstrap*, The American Statistician 69, 2015, section 5.3).
+    """
+    if n < 3:
+        return 0.0
+    normal = NormalDist()
+    z, v = normal.inv_cdf(1 - tail), n - 1
+    t = z + (z**3 + z) / (4 * v) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * v**2)  # Cornish & Fisher
+    return normal.cdf(-math.sqrt(n / v) * t)

@@ -1,4 +1,4 @@
-"""The manifest of a bundle: its schema, its seal, and how the nouns are written in it.  `docs/format.md` is the law.
+"""The manifest of a bundle: its schema, its seal, and how nouns are written in it.  `docs/format.md` is the law.
 
 `unseal` takes the bytes of a `manifest.json` from anyone and gives plain data of which every field has been
 checked; the functions after it turn that data into the nouns, and back.
@@ -43,6 +43,7 @@ OUTCOME = Text(20, "|".join(o.value for o in Outcome))
 FILE = {"path": LINE, "bytes": COUNT, "sha256": HASH}
 INTERVAL = {"low": NUMBER, "mid": NUMBER, "high": NUMBER, "confidence": Number(0, 1, float)}
 BOUND = {"quantity": NAME, "least": bool, "value": NUMBER, "relative": bool}
+CHECK = {"bound": BOUND, "interval": INTERVAL, "outcome": OUTCOME, "shortfall": NUMBER, "note": LINE}
 PORT = {
     "name": LINE,
     "dtype": Text(10, "bool|u?int(8|16|32|64)|float(16|32|64)"),
@@ -79,7 +80,7 @@ SIGNATURE = {
 MANIFEST = {
     "format": Text(30, FORMAT), "schema": Number(SCHEMA, SCHEMA), "accelerando": LINE, "created": LINE,
     "goal": {"text": LINE, "prefer": NAME},
-    "verdict": {"outcome": OUTCOME, "checks": [{"bound": BOUND, "interval": INTERVAL, "outcome": OUTCOME}]},
+    "verdict": {"outcome": OUTCOME, "checks": [CHECK]},
     "best": KEY, "signature": SIGNATURE, "machine": MACHINE, "workload": Open(WORKLOAD), "run": Open(RUN),
     "rungs": [RUNG], "parity": Maybe(FILE), "profile": Maybe(FILE), "seal": HASH,
 }  # fmt: skip
@@ -178,8 +179,10 @@ def finite(value: Any) -> Any:
 
 
 def printable(value: Any) -> Any:
-    """The value with control characters out of its strings, the rest of which is cut: a library's own words may hold
-    anything, and are printed to terminals."""
+    """The value with no control characters in its strings, and those cut to a length.
+
+    A library's own words may hold anything, and are printed to terminals.
+    """
     if isinstance(value, Mapping):
         return {str(k): printable(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -250,6 +253,8 @@ def verdict_to_json(verdict: Verdict) -> dict[str, Any]:
             "bound": finite({f: getattr(c.bound, f) for f in BOUND}),
             "interval": finite(c.interval.to_json()),
             "outcome": c.outcome.value,
+            "shortfall": finite(c.shortfall),
+            "note": c.note,
         }
         for c in verdict.checks
     ]
@@ -264,6 +269,8 @@ def verdict_from_json(data: Mapping[str, Any]) -> Verdict:
                 Bound(**{**c["bound"], "value": float(c["bound"]["value"])}),
                 Interval.from_json({k: float(v) for k, v in c["interval"].items()}),
                 Outcome(c["outcome"]),
+                float(c["shortfall"]),
+                c["note"],
             )
             for c in data["checks"]
         )

@@ -73,7 +73,7 @@ class Parity:
         for name, group in (("input", self.inputs), ("original", self.original), *self.rungs.items()):
             arrays |= {f"{name}_{i}": np.ascontiguousarray(x) for i, x in enumerate(group)}
         stream = io.BytesIO()
-        np.savez(stream, allow_pickle=False, **arrays)  # type: ignore[arg-type]  # arrays only, by name
+        np.savez(stream, allow_pickle=False, **arrays)
         if len(stream.getbuffer()) > PARITY_BYTES:
             raise BundleError("parity", f"the rows take {len(stream.getbuffer())} bytes; at most {PARITY_BYTES}")
         return stream.getvalue()

@@ -36,7 +36,9 @@ from accelerando.recipe import (
 from accelerando.signature import Signature
 from accelerando.workload import Model, Samples
 
-KINDS: Mapping[str, type[Plugin]] = MappingProxyType({"techniques": Technique, "backends": Backend})
+KINDS: Mapping[str, type[Plugin]] = MappingProxyType(
+    {"techniques": Technique, "backends": Backend}  # type: ignore[type-abstract]
+)
 
 
 @cache

@@ -213,6 +213,11 @@ def flat_module(model: Model) -> Any:
     return Flat().eval()
 
 
+def own_module(model: Any) -> Any:
+    """A copy of a user's torch module, on the CPU, in eval mode and without gradients."""
+    return copy.deepcopy(model).cpu().eval().requires_grad_(False)
+
+
 def plain_call(model: Model) -> Callable[[Sequence[Array]], Any]:
     """The original's own call, flat arrays in, its answer out, in this process.  For adoption and for tests."""
     if model.form is Form.ONNX:
@@ -361,16 +366,12 @@ def _own(model: Any) -> tuple[_Owned, Callable[..., Any], tuple[str, ...], list[
         raise ModelError(
             f"the model is a {type(model).__name__}; give a torch.nn.Module or the path of an .onnx file"
         )
-    notes = []
-    ours = copy.deepcopy(model)
-    devices = {str(t.device) for t in (*ours.parameters(), *ours.buffers())} - {"cpu"}
+    ours, notes = own_module(model), []
+    devices = {str(t.device) for t in (*model.parameters(), *model.buffers())} - {"cpu"}
     if devices:
         notes.append(f"the model was on {', '.join(sorted(devices))}; a copy on the CPU is used")
-        ours = ours.cpu()
-    if any(m.training for m in ours.modules()):
+    if any(m.training for m in model.modules()):
         notes.append("the model was in training mode; a copy in eval mode is used")
-    ours.eval().requires_grad_(False)
-
     def call(*args: Any, **kwargs: Any) -> Any:
         with torch.no_grad():
             return ours(*map(_tensor, args), **{k: _tensor(v) for k, v in kwargs.items()})

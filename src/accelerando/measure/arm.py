@@ -7,7 +7,6 @@ measured is that arm's own.  The two take turns (`docs/decisions/0002-two-proces
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -58,7 +57,13 @@ class Arm:
     """
 
     def __init__(
-        self, subject: Subject, signature: Signature, data: Path, split: str, batch: int, memory_limit: int | None = None
+        self,
+        subject: Subject,
+        signature: Signature,
+        data: Path,
+        split: str,
+        batch: int,
+        memory_limit: int | None = None,
     ) -> None:
         self.subject = subject
         self._child = Child(str(subject.recipe), memory_limit)
@@ -118,7 +123,7 @@ def open_samples(folder: Path) -> Samples:
     """Rows that `save_samples` wrote, mapped, not read."""
 
     def read(path: Path) -> Array:
-        return np.load(path, mmap_mode="r", allow_pickle=False)  # type: ignore[no-any-return]
+        return np.load(path, mmap_mode="r", allow_pickle=False)
 
     chunks = []
     for first in sorted(folder.glob("*-000.npy")):
@@ -159,7 +164,13 @@ _loaded: list[_Loaded] = []  # the one model that this process holds
 
 
 def _load(
-    backend: dict[str, Any], artifact: Artifact, folder: str, signature: Signature, skeleton: Any, rows: str, batch: int
+    backend: dict[str, Any],
+    artifact: Artifact,
+    folder: str,
+    signature: Signature,
+    skeleton: Any,
+    rows: str,
+    batch: int,
 ) -> float:
     batches = timed_batches(open_samples(Path(rows)), batch)
     empty = memory.resident_bytes()
@@ -189,5 +200,3 @@ def _answers(inputs: tuple[Array, ...]) -> list[Array]:
     outputs = _loaded[0].run(inputs)
     quality.check(outputs, _loaded[0].signature, len(inputs[0]))
     return [np.array(o) for o in outputs]
-
-

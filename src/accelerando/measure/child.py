@@ -43,7 +43,7 @@ class Child:
     def __init__(self, name: str, memory_limit: int | None = None) -> None:
         self.name = name
         self.memory_limit = memory_limit
-        self._errors: IO[bytes] = tempfile.TemporaryFile()
+        self._errors: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115  lives as long as the child
         ours, theirs = os.pipe(), os.pipe()
         code = "from accelerando.measure.child import serve; serve()"
         self._process = subprocess.Popen(
@@ -154,7 +154,8 @@ class Child:
             if resident > self.memory_limit:
                 self._kill()
                 raise RefusalError(
-                    Reason.OUT_OF_MEMORY, f"{self.name} held {resident / 2**20:,.0f} MB; the limit is {self.memory_limit / 2**20:,.0f} MB"
+                    Reason.OUT_OF_MEMORY,
+                    f"{self.name} held {resident / 2**20:,.0f} MB; the limit is {self.memory_limit / 2**20:,.0f} MB",
                 )
 
     def _kill(self) -> None:
@@ -194,9 +195,9 @@ def _answer(message: bytes) -> bytes:
 
     try:
         function, args = cloudpickle.loads(message)
-        return cloudpickle.dumps(("answer", function(*args)))  # type: ignore[no-any-return]
+        return cloudpickle.dumps(("answer", function(*args)))
     except AccelerandoError as error:
-        return cloudpickle.dumps(("error", error))  # type: ignore[no-any-return]
+        return cloudpickle.dumps(("error", error))
     except MemoryError:
         return pickle.dumps(("memory", "the process could not get the memory that it asked for"))
     except BaseException as error:  # noqa: BLE001  whatever it was, the parent wants to know

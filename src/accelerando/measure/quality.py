@@ -43,7 +43,9 @@ def check(outputs: Sequence[Array], signature: Signature, rows: int) -> None:
         RefusalError: WRONG_OUTPUT or NOT_FINITE.
     """
     if len(outputs) != len(signature.outputs):
-        raise RefusalError(Reason.WRONG_OUTPUT, f"{len(outputs)} outputs, where the original gives {len(signature.outputs)}")
+        raise RefusalError(
+            Reason.WRONG_OUTPUT, f"{len(outputs)} outputs, where the original gives {len(signature.outputs)}"
+        )
     for port, out in zip(signature.outputs, outputs, strict=True):
         if not isinstance(out, np.ndarray) or not port.fits(out) or len(out) != rows:
             what = f"{out.dtype}{out.shape}" if isinstance(out, np.ndarray) else type(out).__name__
@@ -65,7 +67,10 @@ def score(run: Runner, signature: Signature, samples: Samples, metric: Metric) -
         parts.append(metric.scores(signature.answer(outputs), targets))
     widest = max(p.shape[1] for p in parts)
     if any(p.shape[1] != widest for p in parts):
-        raise RefusalError(Reason.WRONG_OUTPUT, f"the metric {metric.name} gave {widest} columns for some batches and fewer for others")
+        raise RefusalError(
+            Reason.WRONG_OUTPUT,
+            f"the metric {metric.name} gave {widest} columns for some batches and fewer for others",
+        )
     return np.concatenate(parts)
 
 

@@ -108,22 +108,26 @@ class Growth:
         batches: list[int] = []
         visits: list[list[float]] = []
         peaks: list[int] = []
+        fastest: list[float] = []
         batch, stopped = 1, f"{MOST_ROWS} rows were enough"
         while batch <= MOST_ROWS:
             if peaks and 2 * peaks[-1] > machine.memory_bytes / 4:
                 stopped = "more rows could fill the memory"
                 break
-            if visits and (perf_counter() - begin > seconds / 3 or 2 * visits[-1][0] * FEW_VISITS > seconds / 2):
+            if visits and (perf_counter() - begin > seconds / 3 or 4 * fastest[-1] * FEW_VISITS > seconds / 2):
                 stopped = "more rows take too long"
                 break
             peaks.append(subject.peak_bytes(batch))
-            visits.append([_visit(subject, batch)])
+            times = call_seconds(subject.call(batch), VISIT, FEW_VISITS)
+            visits.append([float(np.median(times))])
+            fastest.append(float(times.min()))  # one disturbed call must not end the ladder of batches
             batches.append(batch)
             batch *= 2
         calls = [subject.call(n) for n in batches]
-        while perf_counter() - begin + sum(v[0] for v in visits) < seconds and len(visits[0]) < MOST_VISITS:
-            for times, call in zip(visits, calls, strict=True):  # in turn, so that a drift touches every batch alike
-                times.append(float(np.median(call_seconds(call, VISIT, 1))))
+        round_seconds = sum(2 * t + VISIT for t in fastest)
+        while perf_counter() - begin + round_seconds < seconds and len(visits[0]) < MOST_VISITS:
+            for mine, call in zip(visits, calls, strict=True):  # in turn, so that a drift touches every batch alike
+                mine.append(float(np.median(call_seconds(call, VISIT, 1))))
         return cls(tuple(batches), tuple(map(tuple, visits)), tuple(peaks), stopped)
 
     @cached_property
@@ -184,10 +188,6 @@ class Growth:
             tuple(data["peak_bytes"]),
             data["stopped"],
         )
-
-
-def _visit(subject: Subject, batch: int) -> float:
-    return float(np.median(call_seconds(subject.call(batch), VISIT, 1)))
 
 
 def _short(seconds: float) -> str:

@@ -26,7 +26,7 @@ class Hint:
 class Help:
     """What one technique could do for the whole model.
 
-    `share` of the layers' time is in the `layers` that it could help; were they free, the model would be `at_most`
+    `share` of the model's time is in the `layers` that it could help; were they free, the model would be `at_most`
     times faster (Amdahl 1967).
     """
 
@@ -69,7 +69,7 @@ def _hints(layer: Layer, standing: Standing, roofs: Roofs, form: str) -> Iterato
 def _fewer_products(layer: Layer, roofs: Roofs) -> Iterator[Hint]:
     gain = roofs.int8 / roofs.float32
     if layer.precision == "float32" and gain >= WORTH:
-        name = "quantize_static" if layer.family == "convolution" else "quantize_static or quantize_dynamic"
+        name = "quantize_dynamic" if layer.family == "recurrent" else "quantize_static"
         yield Hint(name, f"int8 products were measured {gain:.1f}x as fast here as float32 ones")
     if layer.weight_bytes:
         yield Hint("pruning, low rank or distilling", "fewer products, where the quality bears it")
@@ -83,14 +83,16 @@ def _fewer_bytes(layer: Layer) -> Iterator[Hint]:
         yield Hint("quantize_weights", "it waits for its weights; in int8 they are a quarter of the bytes")
         yield Hint("a larger batch", "every weight that is read then serves more rows")
     elif layer.family in ("pointwise", "normalization", "view") or not weights:
-        yield Hint("a compiler backend", "it moves activations and computes little: fused into its neighbours it is free")
+        yield Hint(
+            "a compiler backend", "it moves activations and computes little: fused into its neighbours it is free"
+        )
     else:
         yield Hint("half", "it waits for its activations; in 16 bits they are half the bytes")
 
 
-def helps(layers: Sequence[Layer], found: Sequence[tuple[Hint, ...]]) -> tuple[Help, ...]:
-    """What each technique could do for the whole model, the largest share first."""
-    total = sum(layer.seconds.mid for layer in layers) or 1.0
+def helps(layers: Sequence[Layer], found: Sequence[tuple[Hint, ...]], covered: float = 1.0) -> tuple[Help, ...]:
+    """What each technique could do for the whole model, of whose time the layers cover a share; the best first."""
+    total = (sum(layer.seconds.mid for layer in layers) or 1.0) / covered if covered else 1.0
     by: dict[str, tuple[Hint, list[float]]] = {}
     for layer, mine in zip(layers, found, strict=True):
         for hint in {h.technique: h for h in mine}.values():

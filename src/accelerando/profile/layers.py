@@ -15,6 +15,7 @@ from accelerando.workload import Samples
 
 LEAST_RUNS = 3
 MOST_RUNS = 2000
+NOTABLE = 0.25  # a difference between timed and whole that is worth a word
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Layer:
             works between its children, every operation reads and writes.
         peak_bytes: the most that it adds to the tensors alive while it runs (a library's own scratch is not seen).
         kernel: positions that a convolution's kernel spans (0 elsewhere).
+        container: it has layers inside; what is told here is only what it does between them.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Layer:
     moved_bytes: int
     peak_bytes: int
     kernel: int = 0
+    container: bool = False
 
     def to_json(self) -> dict[str, Any]:
         return {**vars(self), "seconds": self.seconds.to_json()}
@@ -77,6 +80,11 @@ class Look:
     weight_bytes: int
     peak_bytes: int
     notes: tuple[str, ...] = ()
+
+    @property
+    def watching_seconds(self) -> float:
+        """What timing one layer costs, on average; a layer that takes little more can't be told from that."""
+        return max(self.timed.mid - self.whole.mid, 0.0) / len(self.layers) if self.layers else 0.0
 
 
 class Subject(Protocol):
@@ -113,6 +121,17 @@ def call_seconds(call: Callable[[], Any], seconds: float, least: int = LEAST_RUN
 def covered_share(by_layer: Floats, total: Floats) -> Interval:
     """The share of each run, (runs,), that its layers, (runs, layers), add up to."""
     return median_interval(by_layer.sum(axis=1) / np.maximum(total, 1e-12))
+
+
+def disturbance(timed: Interval, whole: Interval, layers: int, also: str = "") -> tuple[str, ...]:
+    """What to say where timing the layers slowed the model."""
+    slower = timed.mid / whole.mid if whole.mid else 1.0
+    if slower <= 1 + NOTABLE:
+        return ()
+    return (
+        f"timing {layers} layers one by one made the model {slower:.1f}x slower: small layers look dearer than they "
+        f"are{also}",
+    )
 
 
 def layer_medians(by_layer: Floats) -> Sequence[Interval]:

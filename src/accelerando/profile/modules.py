@@ -8,13 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from accelerando.interval import Floats, median_interval
-from accelerando.profile.layers import Layer, Look, call_seconds, covered_share, layer_medians, rows_of
+from accelerando.interval import Floats, Interval, median_interval
+from accelerando.profile.layers import Layer, Look, call_seconds, covered_share, disturbance, layer_medians, rows_of
 from accelerando.profile.operations import RECURRENT, Count, Tally, count
 from accelerando.workload import Model, Samples
 
+FUSED = ", and a fused path of torch's own (as in nn.TransformerEncoder) is off while they are timed"
 ROUNDS = 3  # blocks of calls with and without hooks, in turn, so that a drifting machine touches both
-NOTABLE = 0.25  # a difference between timed and whole that is worth a word
 
 
 class Modules:
@@ -46,15 +46,16 @@ class Modules:
         counted = count(self.module, call)
         names = [name for name, part in self.module.named_modules() if _is_layer(part, counted.tallies.get(name))]
         whole, total, by_layer = self._times(call, names, seconds)
-        kinds = {name: type(part).__name__ for name, part in self.module.named_modules()}
+        parts = dict(self.module.named_modules())
         layers = [
-            _layer(name, kinds[name], counted.tallies[name], interval)
+            _layer(name, parts[name], counted.tallies[name], interval)
             for name, interval in zip(names, layer_medians(by_layer), strict=True)
         ]
         timed, plain = median_interval(total), median_interval(whole)
+        notes = disturbance(timed, plain, len(layers), FUSED)
         return Look(
             tuple(layers), plain, timed, covered_share(by_layer, total), torch.get_num_threads(),
-            counted.weight_bytes, counted.peak_bytes, tuple(_notes(counted, timed.mid / plain.mid, len(layers))),
+            counted.weight_bytes, counted.peak_bytes, (*notes, *_notes(counted)),
         )  # fmt: skip
 
     def _times(self, call: Callable[[], Any], names: list[str], seconds: float) -> tuple[Floats, Floats, Floats]:
@@ -117,7 +118,8 @@ def _is_layer(module: Any, tally: Tally | None) -> bool:
     return tally is not None and (tally.operations > 0 or not any(True for _ in module.children()))
 
 
-def _layer(name: str, kind: str, tally: Tally, seconds: Any) -> Layer:
+def _layer(name: str, module: Any, tally: Tally, seconds: Interval) -> Layer:
+    kind = type(module).__name__
     family = max(tally.families, key=lambda f: tally.families[f]) if tally.families else "view"
     return Layer(
         name=name or "(the model itself)",
@@ -133,16 +135,11 @@ def _layer(name: str, kind: str, tally: Tally, seconds: Any) -> Layer:
         moved_bytes=tally.activation_bytes + tally.weight_reads,
         peak_bytes=tally.peak_bytes,
         kernel=tally.kernel,
+        container=any(True for _ in module.children()),
     )
 
 
-def _notes(counted: Count, slower: float, layers: int) -> list[str]:
-    notes = []
-    if slower > 1 + NOTABLE:
-        notes.append(
-            f"timing {layers} layers one by one made the model {slower:.1f}x slower: small layers look dearer than "
-            "they are, and a fused path of torch's own (as in nn.TransformerEncoder) is off while layers are timed"
-        )
-    if counted.unknown:
-        notes.append(f"no formula is known for {', '.join(counted.unknown)}: its FLOPs are not counted")
-    return notes
+def _notes(counted: Count) -> list[str]:
+    if not counted.unknown:
+        return []
+    return [f"no formula is known for {', '.join(counted.unknown)}: its FLOPs are not counted"]

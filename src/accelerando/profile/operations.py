@@ -75,7 +75,7 @@ def count(module: Any, call: Callable[[], Any]) -> Count:
 
     ledger = _Ledger(module)
 
-    class Mode(TorchDispatchMode):
+    class Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
         def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
             if func._overloadpacket not in ledger.formulas and func is not torch.ops.prim.device.default:
@@ -93,7 +93,7 @@ def count(module: Any, call: Callable[[], Any]) -> Count:
             leaf = not any(True for _ in part.children())
             handles.append(part.register_forward_pre_hook(ledger.enter(name, leaf), prepend=True))
             handles.append(part.register_forward_hook(ledger.leave, with_kwargs=True))
-        with torch.no_grad(), Mode():
+        with torch.no_grad(), Mode():  # type: ignore[no-untyped-call]
             call()
     finally:
         for handle in handles:

@@ -16,7 +16,7 @@ from typing import Any
 
 from accelerando.machine import Machine
 from accelerando.profile.ceilings import Ceilings
-from accelerando.profile.layers import Layer
+from accelerando.profile.layers import Layer, Look
 
 NEAR = 0.25  # from this share of its roof on, a layer is bound by that roof
 STARTS = 3.0  # a layer within so many times the cost of starting its operations is bound by that
@@ -42,19 +42,22 @@ class Roofs:
     starts: float
     cache_bytes: int
     weight_bytes: int
+    watching_seconds: float = 0.0  # what timing one layer cost
 
     @classmethod
-    def over(cls, ceilings: Ceilings, machine: Machine, threads: int, weight_bytes: int) -> Roofs:
-        """The roofs for this many threads, over a model of this size."""
-        memory = ceilings.rate("memory", threads)
+    def over(cls, ceilings: Ceilings, machine: Machine, look: Look, start: str) -> Roofs:
+        """The roofs over a model as it was looked at; `start` says what it starts, `call` or `node`."""
+        threads = look.threads
+        memory = ceilings.roof("memory", threads)
         return cls(
-            float32=ceilings.rate("float32", threads),
-            int8=ceilings.rate("int8", threads),
+            float32=ceilings.roof("float32", threads),
+            int8=ceilings.roof("int8", threads),
             memory=memory,
-            cache=max(ceilings.rate("cache", threads), memory),
-            starts=ceilings.rate("call", threads),
+            cache=max(ceilings.roof("cache", threads), memory),
+            starts=ceilings.roof(start, threads),
             cache_bytes=max((size for _, size in machine.caches), default=0),
-            weight_bytes=weight_bytes,
+            weight_bytes=look.weight_bytes,
+            watching_seconds=look.watching_seconds,
         )
 
     def products(self, precision: str) -> float:
@@ -102,9 +105,10 @@ def stand(layer: Layer, roofs: Roofs) -> Standing:
 
 
 def _bound(layer: Layer, roofs: Roofs, computing: float, moving: float, achieved: float) -> Bound:
-    starting = max(layer.operations, layer.calls) / roofs.starts
+    starting = max(layer.operations, layer.calls) / roofs.starts + layer.calls * roofs.watching_seconds
+    work = max(computing, moving)
     if achieved < NEAR:
-        return Bound.OVERHEAD if layer.seconds.mid <= STARTS * starting + max(computing, moving) else Bound.KERNEL
+        return Bound.OVERHEAD if starting > work or layer.seconds.mid <= STARTS * starting + work else Bound.KERNEL
     return Bound.COMPUTE if computing >= moving else Bound.MEMORY
 
 

@@ -8,6 +8,7 @@ import re
 
 from accelerando.goal import Bound
 from accelerando.interval import Interval
+from accelerando.plugins import StoredBackend, StoredTechnique
 from accelerando.recipe import Backend, Knob, Plugin, Recipe
 
 # Metrics that are shares of 1: shown in percent, and their differences in points.
@@ -58,6 +59,8 @@ def plugin(part: Plugin) -> str:
 
 def changed_knobs(part: Plugin) -> list[str]:
     """The knobs that are not at their defaults, each in words."""
+    if isinstance(part, (StoredTechnique, StoredBackend)):  # its defaults are not known here; how it prints is
+        return [knob(k, v) for k, v in part.knobs.items() if re.search(rf"[(,] ?{re.escape(k)}=", part.text)]
     defaults = {f.name: f.default for f in dataclasses.fields(part)}  # type: ignore[arg-type]
     return [knob(name, value) for name, value in part.knobs.items() if value != defaults[name]]
 

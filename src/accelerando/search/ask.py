@@ -165,7 +165,10 @@ def _promise(recipe: Recipe, history: History, goal: Goal, best: Trial | None) -
         lost = max(best.evidence.relative_drop.mid, 0.0) if _speed(best.evidence) >= asked else _allowed(goal)
         better = expected_gain(-drop, uncertainty, -lost)  # less is lost than by the best so far
         gain = max(gain, reaches * min(better / 0.01, 1.0))
-    return gain, f"about {math.exp(mean):.1f}x expected ({math.exp(mean - deviation):.1f} to {math.exp(mean + deviation):.1f})"
+    return (
+        gain,
+        f"about {math.exp(mean):.1f}x expected ({math.exp(mean - deviation):.1f} to {math.exp(mean + deviation):.1f})",
+    )
 
 
 def _allowed(goal: Goal) -> float:

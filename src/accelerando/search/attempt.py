@@ -38,6 +38,10 @@ class Grounds:
     def folder(self, recipe: Recipe) -> Path:
         return self.into / "rungs" / recipe.key
 
+    def adopt_original(self, artifact: Artifact) -> None:
+        """From now on the original is these files."""
+        self.bench.original = replace(self.bench.original, artifact=artifact)
+
     def subject(self, recipe: Recipe, artifact: Artifact) -> Subject:
         """A recipe's files; the user's own module goes along only where the backend needs it."""
         skeleton = None if recipe.backend.portable else self.bench.original.skeleton
@@ -121,13 +125,16 @@ def check_files(artifact: Artifact, folder: Path) -> None:
 def _examine(recipe: Recipe, artifact: Artifact, grounds: Grounds, history: tuple[Trial, ...]) -> Evidence:
     subject, bench, goal = grounds.subject(recipe, artifact), grounds.bench, grounds.goal
     if recipe.key == bench.original.recipe.key:
+        grounds.adopt_original(artifact)
         return examine(subject, bench, "select", SELECT)
     best = _best_lossless(history)
 
     def too_slow(speedup: Interval) -> RefusalError | None:
         if best is not None and best.evidence and speedup.high < best.evidence.speedup.low:
             figure, other = f"{speedup.mid:.2f}x", best.evidence.speedup
-            return RefusalError(Reason.TOO_SLOW, f"{figure}, where {best.recipe} gives {other.mid:.2f}x and loses nothing")
+            return RefusalError(
+                Reason.TOO_SLOW, f"{figure}, where {best.recipe} gives {other.mid:.2f}x and loses nothing"
+            )
         if speedup.high < HOPE:
             return RefusalError(Reason.TOO_SLOW, f"{speedup.mid:.2f}x: slower than the original")
         return None

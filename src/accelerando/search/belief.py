@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from accelerando.interval import Floats
-from accelerando.recipe import Backend, Plugin, Recipe, Stage
+from accelerando.recipe import Plugin, Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Belief:
                 design[i, names[name]] = 1
         weight = 1 / np.array([error for _, _, error in rows]) ** 2
         precision = np.diag(1 / deviation**2) + design.T @ (weight[:, None] * design)
-        covariance = np.linalg.inv(precision)
+        covariance: Floats = np.linalg.inv(precision).astype(np.float64)
         figures = np.array([figure for _, figure, _ in rows])
         mean = covariance @ (mean / deviation**2 + design.T @ (weight * figures))
         return cls(names, mean, covariance, priors)

@@ -94,7 +94,9 @@ def uncertified(history: Sequence[Trial], original: Recipe, goal: Goal) -> tuple
     return ladder, best
 
 
-def _certify(trial: Trial, grounds: Grounds, probe: tuple[Array, ...], done: Certificate, seconds: float) -> Rung | None:
+def _certify(
+    trial: Trial, grounds: Grounds, probe: tuple[Array, ...], done: Certificate, seconds: float
+) -> Rung | None:
     assert trial.verified is not None
     subject = grounds.subject(trial.recipe, trial.verified.artifact)
     answers: list[Array] = []

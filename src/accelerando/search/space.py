@@ -6,14 +6,15 @@ never multiplied out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from accelerando.errors import RefusalError
+from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.recipe import Backend, Plugin, Recipe, Stage, Technique
+from accelerando.trial import Refused, Trial
 from accelerando.workload import Form, Model
 
 
@@ -64,7 +65,8 @@ class Space:
 
         At most one technique of a route quantizes; a backend that needs the user's own code takes no steps.
         """
-        settings = {kind: tuple(kind.choices(model, machine)) or (kind(),) for kind in (*techniques.values(), *backends.values())}
+        kinds: tuple[Any, ...] = (*techniques.values(), *backends.values())
+        settings = {kind: tuple(kind.choices(model, machine)) or (kind(),) for kind in kinds}
         routes, away = [], []
         for steps in _chains(model.form, Stage.SHAPE, (), list(techniques.values())):
             form = steps[-1].gives if steps else model.form
@@ -81,6 +83,16 @@ class Space:
     @cached_property
     def by_names(self) -> Mapping[tuple[str, ...], Route]:
         return {route.names: route for route in self.routes}
+
+    def trials_turned_away(self, history: Iterable[Trial]) -> Iterator[Trial]:
+        """A trial for each reason that planning found and that the history does not hold yet: its shortest route."""
+        known = {t.recipe.key for t in history}
+        shortest: dict[tuple[Reason, str], tuple[Recipe, RefusalError]] = {}
+        for recipe, refusal in sorted(self.turned_away, key=lambda pair: len(pair[0].steps)):
+            shortest.setdefault((refusal.reason, refusal.detail), (recipe, refusal))
+        for recipe, refusal in shortest.values():
+            if recipe.key not in known:
+                yield Trial(recipe, Refused(refusal.reason, refusal.detail, refusal.step))
 
     def route_of(self, recipe: Recipe) -> Route | None:
         return self.by_names.get((*(s.name for s in recipe.steps), recipe.backend.name))

@@ -39,7 +39,9 @@ class Workshop:
         memory_limit: bytes, or None.
     """
 
-    def __init__(self, workload: Workload, machine: Machine, folder: Path, data: Path, memory_limit: int | None) -> None:
+    def __init__(
+        self, workload: Workload, machine: Machine, folder: Path, data: Path, memory_limit: int | None
+    ) -> None:
         self._model, self._machine = workload.model, machine
         self._folder, self._data, self._memory_limit = folder, data, memory_limit
         self._child: Child | None = None
@@ -50,14 +52,26 @@ class Workshop:
         Raises:
             RefusalError: a step refused or crashed; its `step` says which one.
         """
+        child = self._open()
+        into.mkdir(parents=True)
+        return child.call(_build, recipe.to_json(), str(into), timeout=timeout)
+
+    def _open(self) -> Child:
         if self._child is None or not self._child.alive:
             self.close()
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
             self._child = Child("the workshop", self._memory_limit)
             self._child.call(_open, self._model, self._machine, str(self._folder), str(self._data / "calibrate"))
-        into.mkdir(parents=True)
-        return self._child.call(_build, recipe.to_json(), str(into), timeout=timeout)
+        return self._child
+
+    def profile(self, seconds: float) -> dict[str, Any]:
+        """The original's profile as plain data, taken in the child.
+
+        Raises:
+            RefusalError: it can't be profiled.
+        """
+        return self._open().call(_profile, seconds, timeout=4 * seconds + 30)
 
     def close(self) -> None:
         if self._child is not None:
@@ -84,6 +98,12 @@ def _open(model: Model, machine: Machine, folder: str, calibrate: str) -> None:
     _bench.append(_Bench(model, machine, Path(folder), open_samples(Path(calibrate))))
 
 
+def _profile(seconds: float) -> dict[str, Any]:
+    from accelerando.profile.portrait import Profile
+
+    return Profile.take(_bench[0].model, _bench[0].data, _bench[0].machine, seconds=seconds).to_json()
+
+
 def _build(recipe_json: dict[str, Any], into: str) -> Built:
     recipe, bench = recipe_from_json(recipe_json), _bench[0]
     model = bench.model
@@ -102,7 +122,7 @@ def _build(recipe_json: dict[str, Any], into: str) -> Built:
 def _apply(step: Any, model: Model, bench: _Bench, folder: Path) -> Model:
     if refusal := step.refuse(model, bench.machine):
         raise refusal
-    return step.apply(model, bench.data, folder)  # type: ignore[no-any-return]
+    return step.apply(model, bench.data, folder)
 
 
 def _compile(recipe: Recipe, model: Model, bench: _Bench, into: Path) -> Built:

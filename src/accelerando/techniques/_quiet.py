@@ -1,4 +1,4 @@
-"""Keeping other people's exporters and compilers quiet: what matters of their chatter is in our refusals."""
+"""Other people's compressors print, log and draw progress bars; nothing of that may reach the user's terminal."""
 
 from __future__ import annotations
 
@@ -6,20 +6,22 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stdout
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing printed, no warnings, and no log records below CRITICAL, while the block runs.
+    """Silence prints, progress bars, logging and warnings of a library for a while; errors still rise.
 
-    For this whole process: techniques are applied in a child of their own.
+    The root logger's handlers are put back too: a library that calls `logging.warning` installs one.
     """
-    before = logging.root.manager.disable
+    root, disabled = logging.getLogger(), logging.root.manager.disable
+    handlers = list(root.handlers)
     logging.disable(logging.ERROR)
     try:
-        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(before)
+        logging.disable(disabled)
+        root.handlers[:] = handlers

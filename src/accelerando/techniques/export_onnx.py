@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.recipe import Stage, Technique
-from accelerando.signature import Array
+from accelerando.signature import Array, Port
 from accelerando.techniques._parity import ensure_same_onnx, example, first_lines
 from accelerando.techniques._quiet import quiet
 from accelerando.workload import Form, Model, Samples, flat_module
@@ -18,6 +18,7 @@ from accelerando.workload import Form, Model, Samples, flat_module
 MOST_IR = 13  # what ONNX Runtime 1.31 reads
 INLINE_BYTES = 1_500_000_000  # a protobuf holds at most 2 GiB
 TORCHSCRIPT_OPSET = 20  # the last one that the TorchScript exporter writes
+ATTENTION_OPSET = 23  # attention as one operator: faster for some models and runtimes, slower for others
 FLOATS = ("torch.float32", "torch.float64")
 ROUTES = {"auto": ("dynamo", "torchscript"), "dynamo": ("dynamo",), "torchscript": ("torchscript",)}
 
@@ -48,7 +49,8 @@ class ExportOnnx(Technique):
 
     @classmethod
     def choices(cls, model: Model, machine: Machine) -> Iterable[ExportOnnx]:
-        return [cls()]
+        attends = model.form is Form.TORCH and any("Attention" in type(m).__name__ for m in model.content.modules())
+        return [cls(), cls(opset=ATTENTION_OPSET)] if attends else [cls()]
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
         if model.form is not Form.TORCH:
@@ -92,10 +94,11 @@ class ExportOnnx(Technique):
         try:
             with quiet(), torch.no_grad():
                 (self._dynamo if route == "dynamo" else self._torchscript)(model, tensors, path)
-                _clean(path)
+                _clean(path, model)
+        except RefusalError:
+            raise
         except Exception as error:
             raise RefusalError(Reason.EXPORT_FAILED, first_lines(error)) from error
-        _check(path, model)
 
     def _dynamo(self, model: Model, tensors: tuple[Any, ...], path: Path) -> None:
         import torch
@@ -120,17 +123,23 @@ class ExportOnnx(Technique):
         import torch
 
         ports = (*model.signature.inputs, *model.signature.outputs)
-        torch.onnx.export(
-            _own_copy(model),
-            tensors,
-            str(path),
-            dynamo=False,
-            input_names=[p.name for p in model.signature.inputs],
-            output_names=[p.name for p in model.signature.outputs],
-            dynamic_axes={p.name: {i: a for i, a in enumerate(p.shape) if isinstance(a, str)} for p in ports},
-            opset_version=self._opset("torchscript"),
-            verbose=False,
-        )
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no translation
+        torch._C._jit_set_onnx_log_enabled(False)  # type: ignore[attr-defined]  # else it prints the graph of a failure
+        try:
+            torch.onnx.export(
+                _own_copy(model),
+                tensors,
+                str(path),
+                dynamo=False,
+                input_names=[p.name for p in model.signature.inputs],
+                output_names=[p.name for p in model.signature.outputs],
+                dynamic_axes={p.name: {i: a for i, a in enumerate(p.shape) if isinstance(a, str)} for p in ports},
+                opset_version=self._opset("torchscript"),
+                verbose=False,
+            )
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
 
 def _own_copy(model: Model) -> Any:
@@ -148,45 +157,45 @@ def _bytes(model: Model) -> int:
     return sum(t.numel() * t.element_size() for t in model.content.state_dict().values())
 
 
-def _clean(path: Path) -> None:
-    """Drop what is stale or private: shapes of inner values (which quantizers trust), stack traces, paths."""
+def _clean(path: Path, model: Model) -> None:
+    """Give the file the signature's ports, and drop what is stale or private.
+
+    Shapes of inner values go, for quantizers trust them; stack traces go, for they hold paths.
+
+    Raises:
+        RefusalError: the ports are others, or one is fixed where it must be dynamic.
+    """
     import onnx
 
     proto = onnx.load(path, load_external_data=False)
-    del proto.graph.value_info[:]
-    del proto.metadata_props[:]
-    del proto.graph.metadata_props[:]
-    for function in proto.functions:
-        del function.value_info[:]
-    for node in proto.graph.node:
-        node.ClearField("doc_string")
-        del node.metadata_props[:]
-    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
-        value.ClearField("doc_string")
-        del value.metadata_props[:]
+    for found, ports in ((proto.graph.input, model.signature.inputs), (proto.graph.output, model.signature.outputs)):
+        names, wanted = [v.name for v in found], [p.name for p in ports]
+        if names != wanted:
+            raise RefusalError(Reason.EXPORT_FAILED, f"its ports are {names}, but must be {wanted}")
+        for value, port in zip(found, ports, strict=True):
+            if found is proto.graph.input:
+                _ensure_dynamic(value, port)
+            value.CopyFrom(onnx.helper.make_tensor_value_info(port.name, _elem_type(value), port.shape))
+    for holder in (proto, proto.graph, *proto.graph.node, *proto.graph.initializer, *proto.functions):
+        holder.ClearField("doc_string")
+        del holder.metadata_props[:]
+    for graph in (proto.graph, *proto.functions):
+        del graph.value_info[:]
     proto.ir_version = min(proto.ir_version, MOST_IR)
     onnx.save(proto, path)
     onnx.checker.check_model(str(path))
 
 
-def _check(path: Path, model: Model) -> None:
-    """The file's ports must be the signature's, and dynamic where they are.
+def _elem_type(value: Any) -> int:
+    return int(value.type.tensor_type.elem_type)
 
-    Raises:
-        RefusalError: they are not.
-    """
-    import onnx
 
-    graph = onnx.load(path, load_external_data=False).graph
-    for found, ports in ((graph.input, model.signature.inputs), (graph.output, model.signature.outputs)):
-        names, wanted = [v.name for v in found], [p.name for p in ports]
-        if names != wanted:
-            raise RefusalError(Reason.EXPORT_FAILED, f"its ports are {names}, but must be {wanted}")
-    for value, port in zip(graph.input, model.signature.inputs, strict=True):
-        for dim, axis in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
-            if isinstance(axis, str) and dim.HasField("dim_value"):
-                raise RefusalError(
-                    Reason.EXPORT_FAILED,
-                    f"axis {axis!r} of {port.name} came out fixed at {dim.dim_value}: the model's code uses its length "
-                    "as a Python number, or branches on it",
-                )
+def _ensure_dynamic(value: Any, port: Port) -> None:
+    """Refuse an input whose axis the exporter fixed, though it must be dynamic."""
+    for dim, axis in zip(value.type.tensor_type.shape.dim, port.shape, strict=True):
+        if isinstance(axis, str) and dim.HasField("dim_value"):
+            raise RefusalError(
+                Reason.EXPORT_FAILED,
+                f"axis {axis!r} of {port.name} came out fixed at {dim.dim_value}: the model's code uses its length "
+                "as a Python number, or branches on it",
+            )

@@ -45,7 +45,9 @@ class ExportTorch(Technique):
         leaves = example(model.signature, data)
         expected = [(x, answer_torch(flat, x)) for x in probes(model.signature, data)]
         program = self._capture(model, tuple(torch.from_numpy(x) for x in leaves))
-        captured = program.module()
+        # Unchecked, as compilers take it: torch guards "not 1" on every axis that was traced at 2 or more, whether
+        # or not the graph depends on it.  The probes, one of a single row, are what tells.
+        captured = program.module(check_guards=False)
         worst = 0.0
         for inputs, answer in expected:
             try:

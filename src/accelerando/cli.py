@@ -1,0 +1,239 @@
+"""The command line.  Every command does its work in the library; here it is only called and shown."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from accelerando.errors import AccelerandoError, BundleError, UsageError
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    help="Finds, proves and ships the fastest faithful version of a trained model, on this machine.",
+)  # fmt: skip
+GoalOption = Annotated[str, typer.Option(help='what is asked for, as in "speedup >= 4, drop <= 1%"')]
+BudgetOption = Annotated[str, typer.Option(help='how long it may take, as in "6min"')]
+BundleArgument = Annotated[Path, typer.Argument(help="the bundle's folder")]
+
+
+def main() -> None:
+    """Run a command; a mistake of the caller is one clear message and status 2, a bad bundle status 3."""
+    try:
+        app()
+    except UsageError as error:
+        _fail(error, 2)
+    except BundleError as error:
+        _fail(error, 3)
+    except AccelerandoError as error:
+        _fail(error, 1)
+    except BrokenPipeError:
+        sys.exit(141)  # whoever read our output went away
+
+
+@app.command()
+def demo(
+    into: Annotated[Path, typer.Option(help="where the bundle goes")] = Path("demo-bundle"),
+    budget: BudgetOption = "100s",
+    fresh: Annotated[bool, typer.Option(help="begin anew, also where a bundle is there")] = True,
+) -> None:
+    """Train a small network on scikit-learn's digits, and accelerate it: speedup >= 4, drop <= 1%."""
+    _need("torch", "sklearn")
+    from accelerando.demo import run_demo
+
+    if fresh and (into / "manifest.json").exists():
+        shutil.rmtree(into)
+    result = run_demo(into, budget, _say)
+    _finish(result, Path(f"{into}/report.html"))
+
+
+@app.command()
+def optimize(
+    model: Annotated[str, typer.Argument(help="model.py:build, package.module:build, or model.onnx")],
+    data: Annotated[str, typer.Option(help="data.py:load, or samples.npz")],
+    goal: GoalOption = "drop <= 1%",
+    budget: BudgetOption = "6min",
+    into: Annotated[Path, typer.Option(help="the bundle's folder")] = Path("bundle"),
+    train: Annotated[str | None, typer.Option(help="more data, for calibration: data.py:load, or an .npz")] = None,
+    metric: Annotated[str | None, typer.Option(help="a metric's name, or metric.py:function")] = None,
+    prefer: Annotated[str | None, typer.Option(help="quality or speed")] = None,
+    memory_limit: Annotated[int | None, typer.Option(help="MB that a candidate may hold")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with the search that is in the folder")] = False,
+    html: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+) -> None:
+    """Find, prove and ship the fastest version of a model that meets a goal."""
+    _need("torch", "onnx", "cloudpickle")
+    from accelerando.pipeline import accelerate
+    from accelerando.targets import read_data, read_model
+
+    if into.exists() and any(into.iterdir()) and not resume:
+        raise UsageError(f"{into} is there already; --resume goes on with its search, --into names another folder")
+    limit = memory_limit * 2**20 if memory_limit else None
+    result = accelerate(
+        read_model(model), read_data(data), goal, train=read_data(train) if train else None, metric=_metric(metric),
+        budget=budget, into=into, prefer=prefer, memory_limit=limit, origin=model, progress=not quiet,
+    )  # fmt: skip
+    _finish(result, html)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="model.py:build, or model.onnx")],
+    data: Annotated[str, typer.Option(help="data.py:load, or samples.npz")],
+    seconds: Annotated[float, typer.Option(help="how long it may take")] = 20.0,
+) -> None:
+    """Show where time and memory go, and the ceiling of this machine."""
+    _need("torch", "onnx")
+    from accelerando.machine import Machine
+    from accelerando.profile.portrait import Profile
+    from accelerando.report import profile_text
+    from accelerando.targets import read_data, read_model
+    from accelerando.workload import Workload
+
+    workload = Workload.adopt(read_model(model), read_data(data))
+    taken = Profile.take(workload.model, workload.select, Machine.look(), seconds=seconds)
+    typer.echo(profile_text.render(taken.to_json()))
+
+
+@app.command()
+def report(
+    bundle: BundleArgument, html: Annotated[Path | None, typer.Option(help="write the HTML report here")] = None
+) -> None:
+    """Show what a bundle holds and how it was found."""
+    from accelerando.bundle import Bundle
+    from accelerando.report import text
+    from accelerando.result import Result
+
+    opened = Bundle.open(bundle)
+    text.show(opened)
+    if html:
+        _say(f"report: {Result(opened).report(html)}")
+
+
+@app.command()
+def bench(
+    bundle: BundleArgument,
+    model: Annotated[str | None, typer.Option(help="how to get the original: model.py:build")] = None,
+) -> None:
+    """Measure a bundle's rungs again, here and now, against the original."""
+    _need("cloudpickle")
+    from accelerando.bundle import Bundle
+    from accelerando.measure.again import bench_again, reference_of
+    from accelerando.report import words
+    from accelerando.targets import call_target
+
+    opened = Bundle.open(bundle)
+    for difference in opened.differences():
+        _say(f"not as when it was measured: {difference}")
+    origin = model or opened.workload.get("origin")
+    original = call_target(origin) if origin and (model or Path(origin.partition(":")[0]).exists()) else None
+    reference = reference_of(opened, original)
+    if not reference.is_original:
+        _say(f"the original's code is not at hand (--model FILE:FUNCTION): against {words.recipe(reference.rung.recipe)}")
+    for one in bench_again(opened, reference):
+        if one.speedup is None or one.latency is None:
+            _say(f"{words.recipe(one.rung.recipe)}: {one.refusal}")
+            continue
+        was = f", was {words.times(one.rung.evidence.speedup.mid)}" if reference.is_original else ""
+        speed = words.between(one.speedup, words.times)
+        typer.echo(f"{words.recipe(one.rung.recipe)}: {speed}{was}; p50 {words.seconds(one.latency.mid)}")
+
+
+@app.command()
+def verify(bundle: BundleArgument) -> None:
+    """Check a bundle's hashes, and that its rungs answer as they did."""
+    from accelerando.bundle import Bundle
+
+    findings = Bundle.open(bundle).verify()
+    for finding in findings:
+        typer.echo(str(finding))
+    if not all(f.good for f in findings):
+        raise typer.Exit(3)
+
+
+@app.command()
+def run(
+    bundle: BundleArgument,
+    inputs: Annotated[Path, typer.Argument(help="an .npz file; arrays by the names of the model's inputs")],
+    out: Annotated[Path, typer.Option(help="where the answers go, an .npz file")],
+) -> None:
+    """Run the best rung of a bundle on some inputs."""
+    import numpy as np
+
+    from accelerando.serve.runtime import load
+    from accelerando.signature import flatten, to_numpy
+    from accelerando.targets import read_npz
+
+    arrays = read_npz(inputs)
+    with warnings.catch_warnings(record=True) as said, load(bundle) as fast:
+        names = [p.name for p in fast.bundle.signature.inputs]
+        if unknown := arrays.keys() - set(names):
+            if len(arrays) != 1 or len(names) != 1:
+                raise UsageError(f"{inputs} holds {sorted(unknown)[0]!r}, but the model takes {', '.join(names)}")
+            arrays = {names[0]: next(iter(arrays.values()))}
+        if missing := [n for n in names if n not in arrays]:
+            raise UsageError(f"{inputs} does not hold {missing[0]!r}; the model takes {', '.join(names)}")
+        leaves, _ = flatten(fast.answer([arrays[n] for n in names]))
+        outputs = [to_numpy(x) for x in leaves]
+    for warning in said:
+        _say(str(warning.message))
+    np.savez(out, **{p.name: x for p, x in zip(fast.bundle.signature.outputs, outputs, strict=True)})
+    _say(f"{len(outputs[0])} answers in {out}")
+
+
+@app.command()
+def doctor() -> None:
+    """Show this machine, the backends and techniques found, what is missing, and how to get it."""
+    from accelerando.report import health
+
+    typer.echo(health.render(), nl=False)
+
+
+def _metric(name: str | None) -> Any:
+    """A metric's name, or a function of the user's."""
+    if name is None or ":" not in name:
+        return name
+    from accelerando.targets import find_target
+
+    return find_target(name)
+
+
+def _need(*packages: str) -> None:
+    """Raises MissingExtraError, with the pip line, where the `optimize` extra is not installed."""
+    from importlib.util import find_spec
+
+    from accelerando.errors import MissingExtraError
+
+    missing = [p for p in packages if find_spec(p) is None]
+    if missing:
+        raise MissingExtraError(f"this needs {', '.join(missing)}: pip install 'accelerando[optimize]'")
+
+
+def _finish(result: Any, html: Path | None) -> None:
+    """Show a result, and write its report."""
+    from accelerando.report import text
+
+    text.show(result.bundle)
+    if html:
+        _say(f"report: {result.report(html)}")
+    _say(f"bundle: {result.bundle.path}   use it: accelerando.load({str(result.bundle.path)!r})")
+    if result.bundle.run.get("why_stopped") == "interrupted":
+        raise typer.Exit(130)
+
+
+def _say(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+def _fail(error: AccelerandoError, status: int) -> None:
+    typer.echo(f"accelerando: {error}", err=True)
+    sys.exit(status)
+
+
+if __name__ == "__main__":
+    main()

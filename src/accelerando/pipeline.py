@@ -1,0 +1,126 @@
+"""`accelerate`: the whole story on one screen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from accelerando.errors import ModelError
+from accelerando.goal import Goal
+from accelerando.machine import Machine
+from accelerando.metric import Metric
+from accelerando.plugins import discover
+from accelerando.recipe import Recipe
+from accelerando.report.progress import Progress, Quiet, Watcher
+from accelerando.result import Result
+from accelerando.search.ask import ask, leader
+from accelerando.search.attempt import attempt
+from accelerando.search.budget import Budget
+from accelerando.search.site import Site
+from accelerando.search.space import Space
+from accelerando.trial import Refused, Trial
+from accelerando.workload import Workload
+
+
+def accelerate(
+    model: Any,
+    data: Any,
+    goal: str = "drop <= 1%",
+    *,
+    train: Any = None,
+    metric: str | Metric | Callable[[Any, Any], Any] | None = None,
+    budget: str | float = "6min",
+    into: str | Path = "bundle",
+    prefer: str | None = None,
+    memory_limit: int | None = None,
+    origin: str | None = None,
+    progress: Watcher | bool = True,
+) -> Result:
+    """Find, prove and ship the fastest faithful version of a model.
+
+    **Everyday arguments**
+
+    Args:
+        model: a torch.nn.Module, or the path of an .onnx file.  It is not changed.
+        data: what it is judged on: arrays, tensors, (inputs, targets), a dict of keyword inputs, a DataLoader, a
+            Dataset or any iterable of batches.  Axis 0 is the batch.  Inputs alone are fine: answers are then
+            compared with the original's.
+        goal: bounds on speed, quality, memory and size, as in `"speedup >= 4, drop <= 1%"`.
+        train: more data, for calibration; without it a part of `data` is set aside.
+        metric: a name, a function (outputs, targets) -> per-sample scores, or None to guess.
+        budget: wall-clock time, as in `"6min"`, or seconds.
+        into: the bundle's folder; a search that is there is resumed.
+
+    **Other arguments**
+
+        prefer: "quality" or "speed", where the goal bounds both and several recipes meet it.
+        memory_limit: bytes that a candidate may hold, building or running; by default four fifths of the machine's.
+        origin: how to get the original again (`model.py:build`), for `accelerando bench`.
+        progress: True to show it, False for silence, or a watcher of your own.
+
+    Returns:
+        The result; its bundle is in the folder.  On Ctrl-C, the best so far.
+
+    Raises:
+        UsageError: a mistake in the arguments; raised before any work.
+        BundleError: the folder holds something else.
+    """
+    asked, allowance = Goal.parse(goal, prefer), Budget.parse(budget)
+    workload, machine = Workload.adopt(model, data, train=train, metric=metric), Machine.look()
+    asked.check(workload.metric)
+    space = Space.plan(workload.model, machine, discover("techniques"), discover("backends"))
+    watcher = _watcher(progress, allowance)
+    with Site(into, workload, machine, asked, allowance, space.original, memory_limit, origin) as site, watcher:
+        if site.finished is not None:
+            return Result(site.finished)
+        for note in workload.notes:
+            watcher.note(note)
+        history = site.history()
+        try:
+            history = _explore(site, space, history, watcher)
+            watcher.phase("certifying on samples that nothing was selected on")
+            bundle = site.finish(history, watcher.trying)
+        except KeyboardInterrupt:
+            watcher.note("interrupted: the best so far is kept; call again with the same folder to go on")
+            bundle = site.save(site.history(), "interrupted")
+    return Result(bundle)
+
+
+def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watcher) -> tuple[Trial, ...]:
+    """The only loop: ask, attempt, note."""
+    for trial in space.trials_turned_away(history):
+        history = site.note(history, trial)
+    while proposal := ask(space, history, site.goal, site.budget):
+        recipe = proposal.recipe
+        watcher.phase("measuring again what can't be told apart" if proposal.again else "looking for faster recipes")
+        trial = attempt(proposal, site.grounds, history, site.budget.left, partial(watcher.trying, recipe))
+        if recipe == space.original:
+            _must_run(trial)
+        history = site.note(history, trial)
+        watcher.found(trial, _best(history, site.goal, space.original))
+    return history
+
+
+def _must_run(trial: Trial) -> None:
+    """The original must be measurable, or nothing can be judged.
+
+    Raises:
+        ModelError: it is not.
+    """
+    if isinstance(trial.outcome, Refused):
+        raise ModelError(
+            f"the original itself can't be measured: {trial.outcome.reason.happened}: {trial.outcome.detail}"
+        )
+
+
+def _best(history: tuple[Trial, ...], goal: Goal, original: Recipe) -> Trial | None:
+    last = {t.recipe.key: t for t in history}
+    return leader([t for t in last.values() if t.verified and t.recipe != original], goal)
+
+
+def _watcher(progress: Watcher | bool, budget: Budget) -> Watcher:
+    if isinstance(progress, bool):
+        return Progress(budget.seconds) if progress else Quiet()
+    return progress

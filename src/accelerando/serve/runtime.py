@@ -1,0 +1,270 @@
+"""The runtime: `load` a bundle, and call it like the model.
+
+Nothing of the search, of any technique or of torch is imported here; of the backends only the files of those that
+the bundle names, and their libraries only when a rung is loaded.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from accelerando.bundle import Bundle
+from accelerando.errors import BundleError, DataError, MissingExtraError, ModelError, RefusalError, UsageError
+from accelerando.interval import Interval
+from accelerando.ladder import Rung
+from accelerando.machine import PACKAGES
+from accelerando.recipe import Recipe, Runner
+from accelerando.signature import Array, Port, to_numpy
+
+
+class MachineWarning(UserWarning):
+    """The bundle's figures were measured on another machine, or with other versions."""
+
+
+def load(path: str | Path, *, rung: int | str | None = None, model: Any = None) -> FastModel:
+    """The fast model of a bundle, to be called like the model from which it was made.
+
+    Args:
+        path: the folder.
+        rung: the number of a rung on the ladder (0 is the original; -1 the fastest) or a recipe's key; without it,
+            the best by the goal of those that can run here; `note` says why where that is not the bundle's best.
+        model: the original module, which rungs that run its own code need.
+
+    Raises:
+        BundleError: the folder is not a bundle, is damaged, or holds no rung that can run here (`no-rung`).
+        UsageError: there is no such rung.
+        MissingExtraError, ModelError, RefusalError: the rung that was asked for by name can't run here.
+
+    Warns:
+        MachineWarning: the figures were measured elsewhere.
+    """
+    bundle = Bundle.open(path, hashes=False)  # the one rung that is loaded is hashed by `start`
+    number, runner, note = _start(bundle, model) if rung is None else _start_named(bundle, rung, model)
+    fast = FastModel(bundle, number, runner, note)
+    if differences := _differences(bundle, fast.rung):
+        warnings.warn(
+            f"{bundle.path} was measured elsewhere ({'; '.join(differences)}): its figures may not hold here; "
+            f"run `accelerando bench {bundle.path}`",
+            MachineWarning,
+            stacklevel=2,
+        )
+    return fast
+
+
+class FastModel:
+    """A rung of a bundle, called like the model.
+
+    Tensors in give tensors out, on the device of the first; arrays in give arrays out; the structure is the
+    original's (a `ModelOutput` becomes a `Fields`, read in the same ways).  Floats are cast to the model's floats
+    and whole numbers to its whole numbers where the values fit; floats never become whole numbers.
+
+    Not thread-safe unless the backend is (ONNX Runtime is).
+    """
+
+    def __init__(self, bundle: Bundle, number: int, runner: Runner, note: str = "") -> None:
+        self.bundle = bundle
+        self.number = number
+        self.note = note
+        self._runner: Runner | None = runner
+        signature = bundle.signature
+        inputs = signature.inputs
+        self._simple = len(inputs) == 1 and list(signature.arguments.values())[:1] == [{"leaf": 0}]
+        self._bare = signature.result == {"leaf": 0}
+        self._dtype = np.dtype(inputs[0].dtype)
+        self._rank = len(inputs[0].shape)
+        # what the last axes must be for the fast path, and from which axis on; None where one of them may change
+        fixed = [i for i in range(self._rank + 1) if all(isinstance(a, int) for a in inputs[0].shape[i:])]
+        self._from = fixed[0] if fixed and fixed[0] <= 1 else None
+        self._tail = inputs[0].shape[self._from :] if self._from is not None else None
+
+    @property
+    def rung(self) -> Rung:
+        """Where on the ladder it stands."""
+        return self.bundle.ladder.rungs[self.number]
+
+    @property
+    def recipe(self) -> Recipe:
+        """How the rung was made."""
+        return self.rung.recipe
+
+    @property
+    def speedup(self) -> Interval:
+        """Times faster than the original, as measured on the bundle's machine."""
+        return self.rung.evidence.speedup
+
+    @property
+    def drop(self) -> Interval:
+        """How much worse than the original, in the metric's own unit; negative where better."""
+        return self.rung.evidence.drop
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The answer to one batch, in the original's structure.
+
+        Raises:
+            DataError: the arguments are not those of the model, or of other types or shapes.
+            UsageError: it was closed.
+        """
+        if self._simple and not kwargs and len(args) == 1 and self._runner is not None:
+            array = args[0]
+            if (
+                type(array) is np.ndarray
+                and array.dtype == self._dtype
+                and self._from is not None
+                and array.ndim == self._rank
+                and array.shape[self._from :] == self._tail
+                and array.flags.c_contiguous
+            ):
+                leaves = self._runner(args)
+                return leaves[0] if self._bare else self.bundle.signature.answer(leaves)
+        return self._careful(args, kwargs)
+
+    def _careful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A call of any structure: bound, cast, checked."""
+        if self._runner is None:
+            raise UsageError("the model was closed; load it again")
+        signature = self.bundle.signature
+        given = signature.bind(args, kwargs)
+        leaves = [fit(value, port) for value, port in zip(given, signature.inputs, strict=True)]
+        check_axes(leaves, signature.inputs)
+        answers: list[Any] = list(self._runner(leaves))
+        torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
+        tensors = [x for x in given if torch is not None and isinstance(x, torch.Tensor)]
+        if tensors:
+            answers = [_tensor(torch, x, tensors[0].device) for x in answers]
+        return signature.answer(answers)
+
+    def close(self) -> None:
+        """Give back what the backend holds; calls after it raise UsageError."""
+        if self._runner is not None:
+            self._runner.close()
+            self._runner = None
+
+    def __enter__(self) -> FastModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        speed, drop = self.speedup, self.drop
+        lines = [
+            f"FastModel({self.recipe}), rung {self.number} of {len(self.bundle.ladder.rungs) - 1}",
+            f"  {speed.mid:.2f} times faster ({speed.low:.2f} to {speed.high:.2f}), "
+            f"drop {drop.mid:.4g} ({drop.low:.4g} to {drop.high:.4g}) of {self.rung.evidence.metric}",
+            *(f"  takes {port}" for port in self.bundle.signature.inputs),
+        ]
+        return "\n".join([*lines, f"  note: {self.note}"] if self.note else lines)
+
+
+# --- which rung -------------------------------------------------------------------------------------------------
+
+
+def _start_named(bundle: Bundle, name: int | str, model: Any) -> tuple[int, Runner, str]:
+    rungs = bundle.ladder.rungs
+    keys = [r.recipe.key for r in rungs]
+    if isinstance(name, str) and name in keys:
+        number = keys.index(name)
+    elif isinstance(name, int) and not isinstance(name, bool) and -len(rungs) <= name < len(rungs):
+        number = name % len(rungs)
+    else:
+        there = ", ".join(f"{i} ({r.recipe.key}: {r.recipe})" for i, r in enumerate(rungs))
+        raise UsageError(f"there is no rung {name!r} in {bundle.path}; give the number or the key of one: {there}")
+    return number, bundle.start(rungs[number], model), ""
+
+
+def _start(bundle: Bundle, model: Any) -> tuple[int, Runner, str]:
+    """The best rung that can run here."""
+    why: list[str] = []
+    for number in _order(bundle):
+        try:
+            runner = bundle.start(bundle.ladder.rungs[number], model)
+        except (MissingExtraError, ModelError, RefusalError) as error:
+            why.append(str(error))
+            continue
+        note = f"not the best rung, {bundle.ladder.rungs[bundle.best].recipe}: {why[0]}" if why else ""
+        return number, runner, note
+    raise BundleError("no-rung", f"no rung of {bundle.path} can run here: {'; '.join(why)}")
+
+
+def _order(bundle: Bundle) -> Iterable[int]:
+    """The best first; then the rest as the goal likes them, and only where it is asked, for judging takes a while."""
+    yield bundle.best
+    rungs = bundle.ladder.rungs
+    others = [i for i in range(len(rungs)) if i != bundle.best]
+    yield from sorted(others, key=lambda i: bundle.goal.merit(rungs[i].evidence), reverse=True)
+
+
+def _differences(bundle: Bundle, rung: Rung) -> list[str]:
+    """What of this machine bears on a rung: not the versions of libraries that it does not use."""
+    idle = set(PACKAGES) - set(rung.recipe.backend.needs)
+    return [row for row in bundle.differences() if row.partition(":")[0] not in idle]
+
+
+# --- what goes in and comes out ---------------------------------------------------------------------------------
+
+
+def fit(value: Any, port: Port) -> Array:
+    """An input as the model takes it: an array of the port's dtype and shape, contiguous.
+
+    Raises:
+        DataError: the dtype would lose what was given, or the shape is another.
+    """
+    array = to_numpy(value)
+    if array.dtype != port.dtype:
+        array = _cast(array, port)
+    if not port.fits(array):
+        hint = ""
+        if array.ndim == len(port.shape) and isinstance(port.shape[0], int) and len(array) != port.shape[0]:
+            hint = (
+                f"; it was exported for batches of {port.shape[0]} rows and takes no others: split or pad the batch"
+            )
+        elif array.ndim == len(port.shape) - 1:
+            hint = "; axis 0 is the batch: a single sample goes in as x[None]"
+        raise DataError(f"an input of shape {array.shape} was given, but the model takes {port}{hint}")
+    return np.ascontiguousarray(array)
+
+
+def _cast(array: Array, port: Port) -> Array:
+    kind, want = array.dtype.kind, np.dtype(port.dtype)
+    if want.kind == "f" and kind in "fiub":
+        return array.astype(want)
+    if want.kind in "iu" and kind in "iub":
+        bounds = np.iinfo(want)
+        if kind == "b" or not array.size or (array.min() >= bounds.min and array.max() <= bounds.max):
+            return array.astype(want)
+        raise DataError(
+            f"an input of {array.dtype} holds {array.min()} to {array.max()}, but the model takes {port}, "
+            f"which holds {bounds.min} to {bounds.max}"
+        )
+    raise DataError(
+        f"an input of {array.dtype} was given, but the model takes {port}; this cast would lose what was given: "
+        f"convert it yourself where that is meant"
+    )
+
+
+def check_axes(leaves: Sequence[Array], ports: Sequence[Port]) -> None:
+    """Raises DataError where axes that share a name, such as the batch, differ in length."""
+    lengths: dict[str, tuple[int, str]] = {}
+    for leaf, port in zip(leaves, ports, strict=True):
+        for axis, length in zip(port.shape, leaf.shape, strict=True):
+            if isinstance(axis, str):
+                known, where = lengths.setdefault(axis, (length, port.name))
+                if known != length:
+                    raise DataError(
+                        f"{axis} is {known} in {where!r}, but {length} in {port.name!r}; they must be the same"
+                    )
+
+
+def _tensor(torch: Any, array: Array, device: Any) -> Any:
+    own = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
+    tensor = torch.from_numpy(own)
+    return tensor if device.type == "cpu" else tensor.to(device)

@@ -1,0 +1,96 @@
+"""Imports point down: a test walks them and names one that does not."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import accelerando
+
+HOUSE = Path(accelerando.__file__).parent
+
+# A room may import from rooms on lower floors, and from itself.  Rooms that share a floor are strangers, but for
+# the nouns at the root, which are ordered among themselves by their own floors.
+FLOORS = {
+    "pipeline": 7, "cli": 9, "result": 6.5, "demo": 8, "targets": 1,
+    "search": 6, "serve": 6,
+    "techniques": 5, "backends": 5, "profile": 5, "measure": 5, "report": 5, "train": 4,
+    "bundle": 3, "manifest": 2.8, "parity": 2, "disk": 2, "strict_json": 0,
+    "ladder": 2.6, "goal": 2.6, "trial": 2.4, "plugins": 2.2, "recipe": 2.1, "workload": 1.5,
+    "metric": 1.2, "signature": 1, "machine": 0.5, "interval": 0.5, "errors": 0,
+    "testing": 9,
+}  # fmt: skip
+
+
+def imports(house: Path) -> Iterator[tuple[Path, int, str, str]]:
+    """(file, line, room that imports, room that is imported) of every import of the house, also inside functions."""
+    for file in sorted(house.rglob("*.py")):
+        room = room_of(file.relative_to(house))
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = []
+            if isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+                names = [node.module]
+                if node.module == "accelerando":
+                    names = [f"accelerando.{a.name}" for a in node.names]
+            elif isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            for name in names:
+                parts = name.split(".")
+                if parts[0] == "accelerando" and len(parts) > 1 and room != "__init__":
+                    yield file, node.lineno, room, parts[1]
+
+
+def room_of(path: Path) -> str:
+    return path.parts[0] if len(path.parts) > 1 else path.stem
+
+
+def trespasses(house: Path) -> list[str]:
+    found = []
+    for file, line, here, there in imports(house):
+        if here == there:
+            continue
+        if there not in FLOORS or here not in FLOORS:
+            found.append(f"{file.name}:{line}: {here} -> {there}: a room without a floor")
+        elif FLOORS[there] >= FLOORS[here]:
+            found.append(f"{file.name}:{line}: {here} -> {there}: imports point down")
+    return found
+
+
+def test_imports_point_down() -> None:
+    assert trespasses(HOUSE) == []
+
+
+def test_sabotage_an_upward_and_a_sideways_import_are_named(tmp_path: Path) -> None:
+    (tmp_path / "measure").mkdir()
+    (tmp_path / "measure" / "examine.py").write_text("from accelerando.search import ask\n")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report" / "text.py").write_text("def f():\n    import accelerando.measure.duel\n")
+    (tmp_path / "goal.py").write_text("from accelerando import pipeline\n")
+    assert sorted(trespasses(tmp_path)) == [
+        "examine.py:1: measure -> search: imports point down",
+        "goal.py:1: goal -> pipeline: imports point down",
+        "text.py:2: report -> measure: imports point down",
+    ]
+
+
+def test_no_room_has_a_name_that_says_nothing() -> None:
+    empty = {"utils", "util", "common", "core", "base", "manager", "engine", "helper", "helpers", "misc"}
+    assert [p for p in HOUSE.rglob("*") if p.stem.lstrip("_") in empty] == []
+
+
+def test_no_file_bears_the_name_of_a_function_that_it_defines() -> None:
+    """Or the function would take the module's place on the package."""
+    allowed = {"ask", "attempt", "certify", "duel", "examine"}  # imported by full path, never through the package
+    for file in HOUSE.rglob("*.py"):
+        names = [n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)]
+        assert file.stem not in names or file.stem in allowed, file
+
+
+def test_heavy_libraries_are_imported_inside_functions_only() -> None:
+    heavy = {"torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "sklearn", "pandas", "plotly", "cloudpickle"}
+    for file in HOUSE.rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not heavy & {n.partition(".")[0] for n in names}, f"{file}:{node.lineno}"
