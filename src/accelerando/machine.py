@@ -76,6 +76,11 @@ class Machine:
         return any(self.has(i) for i in ("avx512_vnni", "avx_vnni", "amx_int8", "dotprod", "i8mm"))
 
     @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """Numbers of threads worth trying: powers of two up to `cores`, and `cores` itself."""
+        return tuple(sorted({*(2**i for i in range(self.cores.bit_length())), self.cores}))
+
+    @property
     def key(self) -> str:
         """A short stable hash of everything here, versions included."""
         return hashlib.sha256(json.dumps(self.to_json(), sort_keys=True).encode()).hexdigest()[:12]
@@ -84,9 +89,7 @@ class Machine:
         """What differs between two machines, each as `what: here, there`; empty if evidence carries over."""
         mine, theirs = self.to_json(), other.to_json()
         rows = [
-            f"{k}: {mine[k]}, was {theirs[k]}"
-            for k in ("cpu", "cores", "isa", "accelerators")
-            if mine[k] != theirs[k]
+            f"{k}: {mine[k]}, was {theirs[k]}" for k in ("cpu", "cores", "isa", "accelerators") if mine[k] != theirs[k]
         ]
         versions, before = dict(self.versions), dict(other.versions)
         rows += [

@@ -195,7 +195,6 @@ def file_from_json(data: Mapping[str, Any] | None) -> File | None:
 
 
 def rung_to_json(rung: Rung) -> dict[str, Any]:
-    evidence = rung.evidence.to_json()
     recipe = rung.recipe
     return {
         "key": recipe.key,
@@ -203,8 +202,8 @@ def rung_to_json(rung: Rung) -> dict[str, Any]:
         "text": [str(part) for part in (*recipe.steps, recipe.backend)],
         "certified": rung.certified,
         "files": rung.artifact.to_json(),
-        "summary": finite(Evidence.from_json(evidence).summary()),  # of what a reader will read: float32
-        "evidence": evidence,
+        "summary": finite(rung.evidence.summary()),
+        "evidence": rung.evidence.to_json(),
     }
 
 

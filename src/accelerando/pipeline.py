@@ -15,8 +15,8 @@ from accelerando.plugins import discover
 from accelerando.recipe import Recipe
 from accelerando.report.progress import Progress, Quiet, Watcher
 from accelerando.result import Result
-from accelerando.search.ask import ask, leader
-from accelerando.search.attempt import attempt
+from accelerando.search.proposal import ask, leader
+from accelerando.search.grounds import attempt
 from accelerando.search.budget import Budget
 from accelerando.search.site import Site
 from accelerando.search.space import Space

@@ -33,6 +33,15 @@ class Finding:
     code: str = ""
     detail: str = ""
 
+    @property
+    def good(self) -> bool:
+        """Whether nothing is wrong, as far as it could be looked at here."""
+        return self.passed is not False
+
+    def __str__(self) -> str:
+        word = {True: "passed", False: "FAILED", None: "not looked at"}[self.passed]
+        return f"{word}: {self.subject}" + (f": {self.detail}" if self.detail else "")
+
 
 def findings(bundle: Bundle, model: Any) -> Iterator[Finding]:
     """Everything there is to look at, one after the other; loads each rung in this process."""

@@ -256,7 +256,7 @@ def plugin_from_json(kind: type[Any], data: Mapping[str, Any]) -> Any:
     """A technique or backend of this class with the knobs of its JSON.
 
     Raises:
-        BrokenPluginError: a knob is unknown to this version of the class.
+        BrokenPluginError: a knob is unknown to this version of the class, or has a value that it does not take.
     """
     knobs = {k: v for k, v in data.items() if k != "name"}
     known = {f.name for f in dataclasses.fields(kind)}
@@ -264,7 +264,10 @@ def plugin_from_json(kind: type[Any], data: Mapping[str, Any]) -> Any:
         raise BrokenPluginError(
             f"{data['name']} has no knob {sorted(unknown)[0]!r} in this version; it has {sorted(known)}"
         )
-    return kind(**knobs)
+    try:
+        return kind(**knobs)
+    except (TypeError, ValueError) as error:
+        raise BrokenPluginError(f"{data['name']} does not take its knobs in this version: {error}") from error
 
 
 def snake(name: str) -> str:

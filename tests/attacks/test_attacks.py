@@ -61,7 +61,9 @@ def test_the_readme_lists_every_attack_and_no_other() -> None:
 
 def test_every_code_is_in_the_page_in_the_source_and_attacked() -> None:
     page = (ROOT / "docs" / "format.md").read_text(encoding="utf-8")
-    documented = set(re.findall(r"^\| `([a-z-]+)` \|", page, re.MULTILINE))
+    table = page.partition("## Error codes")[2].partition("\n## ")[0]
+    documented = set(re.findall(r"^\| `([a-z-]+)` \|", table, re.MULTILINE))
+    assert set(re.findall(r"\[`([a-z-]+)`\]", page)) <= documented
     assert codes_raised() == documented
     assert {a.code for a in ATTACKS} == documented
 

@@ -13,7 +13,7 @@ from accelerando.errors import RefusalError, UsageError
 from accelerando.interval import Interval, quantile_interval
 from accelerando.ladder import Rung
 from accelerando.measure.arm import Arm, Subject, save_samples
-from accelerando.measure.duel import CERTIFY, duel
+from accelerando.measure.rounds import CERTIFY, duel
 from accelerando.trial import thin
 from accelerando.workload import Chunk, Samples, own_module
 

@@ -163,7 +163,7 @@ def _torch_product(kind: str, size: int, threads: int) -> Callable[[], Any]:
 
     if kind == "int8":
         whole = torch.randint(-10, 10, (size, size), dtype=torch.int8)
-        return lambda: torch._int_mm(whole, whole)  # type: ignore[no-untyped-call]
+        return lambda: torch._int_mm(whole, whole)
     a, out = torch.rand(size, size), torch.empty(size, size)
     return lambda: torch.mm(a, a, out=out)
 

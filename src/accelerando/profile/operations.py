@@ -206,12 +206,18 @@ def formulas() -> dict[Any, Formula]:
         *lead, rows, width = query.shape  # scores, then the weighted values
         return 2 * math.prod(lead) * rows * key.shape[-2] * (width + value.shape[-1])
 
+    def multihead(query: Any, key: Any, value: Any, width: int, heads: int, w_in: Any, b_in: Any, w_out: Any,
+                  *_: Any, **__: Any) -> int:  # fmt: skip
+        rows, length, _width = query.shape  # torch takes this path for self-attention only
+        return 2 * rows * length * (w_in.numel() + w_out.numel() + 2 * length * width)
+
     def recurrent(x: Any, w_in: Any, w_hidden: Any, *_: Any, **__: Any) -> int:
         return 2 * x.shape[0] * x.shape[1] * (w_in.numel() + w_hidden.numel())  # x: (steps, rows, features)
 
     ours: dict[Any, Formula] = {
         aten._scaled_dot_product_flash_attention_for_cpu: attention,
         aten._scaled_dot_product_attention_math: attention,
+        aten._native_multi_head_attention: multihead,
         aten.mkldnn_rnn_layer: recurrent,
         aten.mv: lambda a, b, **_: 2 * a.numel(),
         aten.addmv: lambda c, a, b, **_: 2 * a.numel(),

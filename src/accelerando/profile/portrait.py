@@ -18,7 +18,8 @@ from accelerando.profile.roofline import Roofs, Standing, least_seconds, least_s
 from accelerando.workload import Form, Model, Samples
 
 SCHEMA = 1
-CEILINGS_SHARE, LOOK_SHARE = 0.3, 0.4  # of the time; growth gets what is left
+CEILINGS_SHARE, LOOK_SHARE = 0.3, 0.4  # of the time; growth gets what is left, and at least:
+GROWTH_LEAST = 0.2
 MOSTLY_STARTS = 50.0  # times its least time, from where headroom says nothing of kernels any more
 PASSED = 1.1  # a layer this far above its roof says that the roof was measured on a busier machine
 
@@ -70,7 +71,7 @@ class Profile:
         batch = fixed if isinstance(fixed, int) else batch
         ceilings = Ceilings.measure(machine, CEILINGS_SHARE * seconds)
         look = subject.look(batch, LOOK_SHARE * seconds)
-        left = max(seconds - (perf_counter() - begin), 0.1 * seconds)
+        left = max(seconds - (perf_counter() - begin), GROWTH_LEAST * seconds)
         growth = None if isinstance(fixed, int) else Growth.measure(subject, machine, left)
         return cls(model.form.value, name, batch, machine, look, ceilings, growth, perf_counter() - begin)
 

@@ -19,6 +19,7 @@ from accelerando.profile.ceilings import Ceilings
 from accelerando.profile.layers import Layer, Look
 
 NEAR = 0.25  # from this share of its roof on, a layer is bound by that roof
+DWARFS = 10.0  # starting a layer costs so many times its work: no kernel could help it
 STARTS = 3.0  # a layer within so many times the cost of starting its operations is bound by that
 
 
@@ -108,7 +109,9 @@ def _bound(layer: Layer, roofs: Roofs, computing: float, moving: float, achieved
     starting = max(layer.operations, layer.calls) / roofs.starts + layer.calls * roofs.watching_seconds
     work = max(computing, moving)
     if achieved < NEAR:
-        return Bound.OVERHEAD if starting > work or layer.seconds.mid <= STARTS * starting + work else Bound.KERNEL
+        # What a container takes beyond its kernels is Python between them.
+        near_start = layer.seconds.mid <= STARTS * starting + work or starting >= DWARFS * work
+        return Bound.OVERHEAD if layer.container or near_start else Bound.KERNEL
     return Bound.COMPUTE if computing >= moving else Bound.MEMORY
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 from accelerando.errors import Reason
 from accelerando.goal import Check, Outcome
@@ -16,7 +17,7 @@ EXACT = ("memory", "size")
 
 
 def nearest(story: Story) -> tuple[str, ...]:
-    """The nearest misses, one for every set of bounds that is missed: what it reaches, and the bound that it would meet."""
+    """The nearest misses, one for each set of missed bounds: what it reaches, and the bounds that it would meet."""
     if story.bundle.verdict.outcome is Outcome.MET:
         return ()
     found: dict[frozenset[str], tuple[float, Seen, list[Check]]] = {}
@@ -24,7 +25,7 @@ def nearest(story: Story) -> tuple[str, ...]:
         missed = [c for c in story.bundle.goal.judge(seen.evidence).checks if c.outcome is not Outcome.MET]
         if not missed or (seen.refused is not None and seen.refused.reason in (Reason.NOT_FINITE, Reason.WRONG_OUTPUT)):
             continue
-        gap = max(shortfall(c) for c in missed)
+        gap = sum(c.shortfall for c in missed)
         key = frozenset(c.bound.quantity for c in missed)
         if key not in found or gap < found[key][0]:
             found[key] = gap, seen, missed
@@ -32,19 +33,12 @@ def nearest(story: Story) -> tuple[str, ...]:
     return tuple(_miss(story, seen, missed) for _, seen, missed in ranked)
 
 
-def shortfall(check: Check) -> float:
-    """How far the far edge of the interval is from its bound, relative to the bound (0 where it meets it)."""
-    edge = check.interval.low if check.bound.least else check.interval.high
-    gap = check.bound.value - edge if check.bound.least else edge - check.bound.value
-    return max(0.0, gap) / max(abs(check.bound.value), 1e-12)
-
-
 def _miss(story: Story, seen: Seen, missed: list[Check]) -> str:
     metric = story.metric
     speed = "" if any(c.bound.quantity == "speedup" for c in missed) else f" ({words.times(seen.evidence.speedup.mid)})"
     reached = "; ".join(
         f"{c.bound.quantity} {words.between(c.interval, lambda v, b=c.bound: words.quantity(b, v, metric))}, "
-        f"so it would meet {words.bound(c.bound, metric, _outward(c))}"
+        f"so it would meet {replace(c.bound, value=_outward(c))}"
         for c in missed
     )
     return f"{story.name(seen.recipe)}{speed}: {reached}"
@@ -55,8 +49,9 @@ def _outward(check: Check) -> float:
     edge = check.interval.low if check.bound.least else check.interval.high
     if edge == 0 or not math.isfinite(edge):
         return edge
-    step = 10.0 ** (math.floor(math.log10(abs(edge))) - 1)
-    return (math.floor(edge / step) if check.bound.least else math.ceil(edge / step)) * step
+    places = 1 - math.floor(math.log10(abs(edge)))
+    step = 10.0**-places
+    return round((math.floor(edge / step) if check.bound.least else math.ceil(edge / step)) * step, max(places, 0))
 
 
 def helps(story: Story) -> tuple[str, ...]:
@@ -65,10 +60,12 @@ def helps(story: Story) -> tuple[str, ...]:
     if bundle.verdict.outcome is Outcome.MET:
         return ()
     said = [line for c in bundle.verdict.checks if c.outcome is Outcome.UNSURE and (line := _sharper(story, c))]
-    budget, spent = bundle.run.get("budget_seconds"), float(bundle.run.get("seconds") or 0.0)
-    if bundle.run.get("finished") is False or (budget and spent >= 0.9 * float(budget)):
-        now = f" of {words.duration(float(budget))}" if budget else ""
-        said.append(f"a larger budget: the search ended when that{now} was used up or when it was stopped; resume it")
+    if bundle.run.get("finished") is False:
+        why, budget = bundle.run.get("why_stopped"), bundle.run.get("budget_seconds")
+        of = f", {words.duration(float(budget))}" if budget else ""
+        said.append(
+            f"a larger budget{of} so far: the search was not through{f' ({why})' if why else ''}; it can be resumed"
+        )
     missing = [g for g in story.groups if g.reason in (Reason.MISSING_PACKAGE, Reason.MISSING_TOOL)]
     for group in missing:
         details = dict.fromkeys(words.shorten(t.outcome.detail, 120) for t in group.trials)  # type: ignore[union-attr]
@@ -81,6 +78,8 @@ def helps(story: Story) -> tuple[str, ...]:
 def _sharper(story: Story, check: Check) -> str:
     """How to turn a `cannot tell` into an answer."""
     evidence, metric, bound = story.best.evidence, story.metric, check.bound
+    if check.note:
+        return f"{bound}: {check.note}"
     if bound.quantity in EXACT:
         return ""
     factor = more_needed(check.interval, bound.value, bound.least)
@@ -88,10 +87,12 @@ def _sharper(story: Story, check: Check) -> str:
     count = len(evidence.scores) if samples else len(evidence.rounds)
     unit = "test samples" if samples else "rounds of measuring (a larger budget)"
     half = (check.interval.high - check.interval.low) / 2
-    known = f"the {bound.quantity} is known to +-{_half(story, check, half)} with {count} {'samples' if samples else 'rounds'}"
+    of = f"{count} {'samples' if samples else 'rounds'}"
+    known = f"the {bound.quantity} is known to +-{_half(story, check, half)} with {of}"
     if math.isinf(factor):
         return f"{known}, and its middle is at or past the bound: {unit} would settle it, more likely against it"
-    return f"more {unit}: {known}; about {_round_up(count * factor)} would settle it if its middle stays at {words.quantity(bound, check.interval.mid, metric)}"
+    middle = words.quantity(bound, check.interval.mid, metric)
+    return f"more {unit}: {known}; about {_round_up(count * factor)} would settle it if its middle stays at {middle}"
 
 
 def _half(story: Story, check: Check, half: float) -> str:

@@ -64,7 +64,7 @@ def table(head: list[str], rows: list[list[Child]], caption: str, numeric: froze
             el("thead", el("tr", *(cell("th", i, h, scope="col") for i, h in enumerate(head)))),
             el("tbody", *(el("tr", *(cell("td", i, c) for i, c in enumerate(row))) for row in rows)),
         ),
-        class_="scroll",
+        class_="scroll wide" if len(head) > 3 else "scroll",
         tabindex="0",
         role="region",
         aria_label=caption,
@@ -72,8 +72,8 @@ def table(head: list[str], rows: list[list[Child]], caption: str, numeric: froze
 
 
 def fine(text: str) -> str:
-    """Our own figures with a page's typography: a true minus, a true times sign."""
-    text = text.replace("+-", "\u00b1")
+    """Our own figures with a page's typography: a true minus, a true times sign, and their like."""
+    text = text.replace("+-", "\u00b1").replace(">=", "\u2265").replace("<=", "\u2264")
     text = re.sub(r"(?<=\d)x(?![\w])", "\u00d7", text)
     text = re.sub(r"(?<![\w\d.-])-(?=\d)", "\u2212", text)
     return re.sub(r"(?<=\d) us\b", " \u00b5s", text)

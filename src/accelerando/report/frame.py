@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from accelerando.bundle import Bundle
@@ -22,7 +23,11 @@ def rows(bundle: Bundle) -> list[dict[str, Any]]:
     """
     story = Story(bundle)
     rungs = {rung.recipe.key: number for number, rung in enumerate(bundle.ladder.rungs)}
-    return [_row(story, number, trial, rungs.get(trial.recipe.key)) for number, trial in enumerate(story.trials)]
+    last = {trial.recipe.key: number for number, trial in enumerate(story.history)}
+    return [
+        _row(story, number, trial, rungs.get(trial.recipe.key) if last[trial.recipe.key] == number else None)
+        for number, trial in enumerate(story.history)
+    ]
 
 
 def to_frame(bundle: Bundle) -> Any:
@@ -54,21 +59,22 @@ def _row(story: Story, number: int, trial: Trial, rung: int | None) -> dict[str,
         "best": rung == story.bundle.best and rung is not None,
         "certified": rung is not None and story.bundle.ladder.rungs[rung].certified,
         "attempt_seconds": trial.seconds,
-        **_figures(evidence),
+        **_figures(evidence, refused.speedup if refused else None),
     }
 
 
-def _figures(evidence: Evidence | None) -> dict[str, Any]:
+def _figures(evidence: Evidence | None, timed: Interval | None) -> dict[str, Any]:
     intervals: dict[str, Interval | None] = {
         name: None if evidence is None else getattr(evidence, name) for name in FIGURES
     }
+    intervals["speedup"] = intervals["speedup"] or timed
     for label, quantile in (("p50", 0.5), ("p95", 0.95), ("p99", 0.99)):
         intervals[label] = None if evidence is None else evidence.latency(quantile)
     found: dict[str, Any] = {}
     for name, interval in intervals.items():
-        found[name] = None if interval is None else interval.mid
-        found[f"{name}_low"] = None if interval is None else interval.low
-        found[f"{name}_high"] = None if interval is None else interval.high
+        for suffix, bound in (("", "mid"), ("_low", "low"), ("_high", "high")):
+            value = None if interval is None else getattr(interval, bound)
+            found[name + suffix] = value if value is not None and math.isfinite(value) else None  # JSON has no infinity
     for name in ("metric", "split", "batch", "load_seconds", "peak_bytes", "disk_bytes", "machine"):
         found[name] = None if evidence is None else getattr(evidence, name)
     found["doubts"] = None if evidence is None else "; ".join(evidence.doubts())

@@ -39,13 +39,16 @@
         font: { family: style.fontFamily, color: "var(--text)", size: narrow ? 11 : 13 },
         margin: { l: narrow ? 42 : 60, r: narrow ? 8 : 20, t: 12, b: 50 },
         hoverlabel: { bgcolor: "var(--card)", bordercolor: "var(--line)", font: { color: "var(--text)" }, align: "left" },
-        dragmode: false, ...figure.layout, width: wide, height: figure.height + (narrow ? 40 : 0),
+        dragmode: false, ...figure.layout, width: wide, height: figure.height + (narrow ? 70 : 0),
         legend: { orientation: "h", y: -0.22, yanchor: "top", x: 0, ...figure.layout.legend },
         xaxis: axis(figure.layout.xaxis), yaxis: axis(figure.layout.yaxis),
       };
       if (narrow && layout.xaxis.tickvals && layout.xaxis.tickvals.length > 6) {
         layout.xaxis.tickvals = layout.xaxis.tickvals.filter((_, i) => i % 2 === 0);
         layout.xaxis.ticktext = layout.xaxis.ticktext.filter((_, i) => i % 2 === 0);
+      }
+      if (narrow && layout.annotations) {  // the bounds are in the table
+        layout.annotations = layout.annotations.map((a) => ({ ...a, text: a.text.replace(/ \(.*$/, "") }));
       }
       place.style.height = `${layout.height}px`;
       Plotly.react(place, themed(figure.data, style), themed(layout, style), { displayModeBar: false, scrollZoom: false });

@@ -99,7 +99,9 @@ def _body(story: Story) -> list[Element | None]:
     kept = [p for p in parts if p is not None]
     links = [el("a", p.findtext("h2") or "", href=f"#{p.get('id')}") for p in kept]
     without = el("noscript", el("p", "The plots need JavaScript; the tables hold the same figures.", class_="note"))
-    made = f"Made by accelerando {story.bundle.run.get('accelerando', '')}. This page measures nothing and loads nothing."
+    made = (
+        f"Made by accelerando {story.bundle.run.get('accelerando', '')}. This page measures nothing and loads nothing."
+    )
     return [
         sections.hero(story),
         el("nav", *links, aria_label="Sections"),

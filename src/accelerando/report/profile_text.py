@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,20 +14,20 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from accelerando.report.words import clean, shorten
+from accelerando.report import words
 
 WIDTH = 80
 ROWS = 12  # layers shown; the rest is summed up in one line
 HELPS = 5
-DIGITS = 3
+NAME = 30  # characters for a layer
 LINES = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the header
 CEILINGS = {
-    "float32": ("float32 products", "G operations/s", 1e9),
-    "int8": ("int8 products", "G operations/s", 1e9),
-    "memory": ("memory", "GB/s", 1e9),
-    "cache": ("cache", "GB/s", 1e9),
-    "call": ("torch module starts", "million/s", 1e6),
-    "node": ("ONNX node starts", "million/s", 1e6),
+    "float32": ("float32 products, Gop/s", 1e9),
+    "int8": ("int8 products, Gop/s", 1e9),
+    "memory": ("memory, GB/s", 1e9),
+    "cache": ("cache, GB/s", 1e9),
+    "call": ("torch module starts, k/s", 1e3),
+    "node": ("ONNX node starts, k/s", 1e3),
 }
 BOUNDS = {
     "compute": "its products run at a good share of this machine's peak",
@@ -71,7 +73,7 @@ def _section(title: str, body: RenderableType) -> tuple[RenderableType, ...]:
 def _bullets(items: Sequence[str]) -> RenderableType:
     table = Table.grid(padding=(0, 1))
     for item in items:
-        table.add_row("-", Text(clean(str(item))))
+        table.add_row("-", Text(words.clean(str(item))))
     return table
 
 
@@ -80,49 +82,75 @@ def _head(profile: Data) -> RenderableType:
     whole = profile["whole"]
     rows = Table.grid(padding=(0, 2))
     rows.add_row("time", _span(whole))
-    rows.add_row("least", f"{_seconds(derived['least_seconds'])} by the roofs; "
-                          f"{_seconds(derived['least_seconds_int8'])} in int8")  # fmt: skip
+    rows.add_row("least", f"{words.seconds(derived['least_seconds'])} by the roofs; "
+                          f"{words.seconds(derived['least_seconds_int8'])} in int8")  # fmt: skip
     rows.add_row("work", f"{_count(derived['flops'])} FLOPs")
-    rows.add_row(
-        "memory",
-        f"{_bytes(profile['weight_bytes'])} of weights, {_bytes(profile['peak_bytes'])} of activations alive at most",
-    )
-    rows.add_row("machine", Text(clean(f"{machine['cpu']}, {machine['cores']} cores")))
+    weights, activations = words.size(profile["weight_bytes"]), words.size(profile["peak_bytes"])
+    rows.add_row("memory", f"{weights} of weights, and at most {activations} of activations at once")
+    rows.add_row("machine", Text(words.clean(f"{machine['cpu']}, {machine['cores']} cores")))
     title = Text.assemble(
-        (clean(str(profile["name"])), "bold"),
+        (words.clean(str(profile["name"])), "bold"),
         f", {profile['form']}, batch {profile['batch']}, {_plural(profile['threads'], 'thread')}",
     )
     return Group(title, Padding(rows, (0, 0, 0, 2)))
 
 
 def _layers(rows: Sequence[Data], covered: float) -> RenderableType:
+    shown = list(rows) if len(rows) <= ROWS else _alike(rows)
     table = Table(box=LINES, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
-    table.add_column("layer", no_wrap=True, overflow="ellipsis", min_width=14, max_width=30)
-    for name in ("time", "share", "FLOPs", "moved", "peak"):
+    table.add_column("layer", no_wrap=True)
+    for name in ("time", "share", "FLOPs", "peak", "least"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("least", justify="right", no_wrap=True)
     table.add_column("bound", no_wrap=True)
-    for row in rows[:ROWS]:
-        name = Text(_layer_name(row))
-        figures = (_seconds(row["seconds"]["mid"]), f"{row['share'] * covered:.0%}", _count(row["flops"]))
-        moved = (_bytes(row["moved_bytes"]), _bytes(row["peak_bytes"]), _seconds(row["least_seconds"]))
-        table.add_row(name, *figures, *moved, row["bound"])
-    if rest := rows[ROWS:]:
-        seconds, least = (sum(f(r) for r in rest) for f in (_taken, lambda r: r["least_seconds"]))
-        table.add_row(
-            f"{len(rest)} more", _seconds(seconds), f"{sum(r['share'] for r in rest) * covered:.0%}",
-            _count(sum(r["flops"] for r in rest)), _bytes(sum(r["moved_bytes"] for r in rest)), "", _seconds(least), "",
-        )  # fmt: skip
-    table.add_row(Text("outside the layers"), "", f"{1 - covered:.0%}", "", "", "", "", "")
-    bounds = [b for b in BOUNDS if any(row["bound"] == b for row in rows[:ROWS])]
-    parts = [table, Text(), Text("outside: Python and glue; ~ what a container does between its layers", style="dim")]
-    return Group(*parts, *(Text(f"{b}: {BOUNDS[b]}", style="dim") for b in bounds))
+    for row in shown[:ROWS]:
+        figures = (words.seconds(_taken(row)), f"{row['share'] * covered:.0%}", _count(row["flops"]))
+        memory, least = words.size(row["peak_bytes"]), _least(row["least_seconds"])
+        table.add_row(Text(_layer_name(row)), *figures, memory, least, row["bound"])
+    if rest := shown[ROWS:]:
+        share = f"{sum(r['share'] for r in rest) * covered:.0%}"
+        flops, least = _count(sum(r["flops"] for r in rest)), _least(sum(r["least_seconds"] for r in rest))
+        table.add_row(f"{len(rest)} more", words.seconds(sum(map(_taken, rest))), share, flops, "", least, "")
+    table.add_row("outside the layers", "", f"{1 - covered:.0%}", "", "", "", "")
+    notes = ["outside the layers: Python and glue between them"]
+    if any(row["container"] for row in shown[:ROWS]):
+        notes.append("~ what a module with layers inside does between them")
+    if any("*" in row["name"] for row in shown[:ROWS]):
+        notes.append("* layers alike, taken together; their peak is the highest of them")
+    notes += [f"{b}: {BOUNDS[b]}" for b in BOUNDS if any(row["bound"] == b for row in shown[:ROWS])]
+    return Group(table, Text(), *(Text(note, style="dim") for note in notes))
+
+
+def _alike(rows: Sequence[Data]) -> list[Data]:
+    """Rows whose names differ in numbers only become one, the dearest first: twelve blocks read like one."""
+    groups: dict[tuple[str, str], list[Data]] = {}
+    for row in rows:
+        groups.setdefault((re.sub(r"\d+", "*", row["name"]), row["kind"]), []).append(row)
+    return sorted((_together(name, group) for (name, _), group in groups.items()), key=_taken, reverse=True)
+
+
+def _together(name: str, group: list[Data]) -> Data:
+    if len(group) == 1:
+        return group[0]
+    sums = {key: sum(row[key] for row in group) for key in ("share", "flops", "least_seconds")}
+    bounds: dict[str, float] = defaultdict(float)
+    for row in group:
+        bounds[row["bound"]] += _taken(row)
+    return {
+        **group[0],
+        **sums,
+        "name": name,
+        "kind": f"{words.shorten(group[0]['kind'], 17)} x{len(group)}",
+        "seconds": {"mid": sum(map(_taken, group))},
+        "peak_bytes": max(row["peak_bytes"] for row in group),
+        "bound": max(bounds, key=lambda bound: bounds[bound]),
+    }
 
 
 def _layer_name(row: Data) -> str:
-    """The end of a long path says more than its beginning."""
-    name = f"{clean(row['name'])} {'~' if row['container'] else ''}{clean(row['kind'])}"
-    return name if len(name) <= 30 else "..." + name[-27:]
+    """The kind, and as much of the path as there is room for: its end says more than its beginning."""
+    kind, name = words.shorten(f"{'~' if row['container'] else ''}{row['kind']}", 22), words.shorten(row["name"], 500)
+    room = NAME - len(kind) - 1
+    return f"{name if len(name) <= room else '..' + name[2 - room :]} {kind}"
 
 
 def _taken(row: Data) -> float:
@@ -134,7 +162,7 @@ def _helps(rows: Sequence[Data]) -> RenderableType:
     for row in rows[:HELPS]:
         most = f", at most {row['at_most']:.2g}x" if row["at_most"] else ""
         reach = f"{row['share']:.0%} of the time, {_plural(row['layers'], 'layer')}{most}"
-        table.add_row(Text(row["technique"], style="bold"), Text(f"{clean(row['why'])} ({reach})"))
+        table.add_row(Text(row["technique"], style="bold"), Text(f"{words.clean(row['why'])} ({reach})"))
     return table
 
 
@@ -147,54 +175,41 @@ def _growth(growth: Data) -> RenderableType:
         table.add_row(
             str(batch),
             _span(median),
-            _seconds(seconds / batch),
+            words.seconds(seconds / batch),
             _count(batch / seconds if seconds else 0),
-            _bytes(peak),
+            words.size(peak),
         )
-    return Group(table, Text(f"stopped there: {clean(growth['stopped'])}", style="dim"))
+    return Group(table, Text(f"stopped there: {words.clean(growth['stopped'])}", style="dim"))
 
 
 def _ceilings(rows: Sequence[Data]) -> RenderableType:
     table = Table(box=LINES, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
-    for name in ("", "threads", "best", "median (95 %)", "unit", "by"):
-        table.add_column(name, justify="left" if name in ("", "unit", "by") else "right", no_wrap=True)
-    for row in sorted(rows, key=lambda r: (list(CEILINGS).index(r["what"]), r["threads"])):
-        name, unit, scale = CEILINGS[row["what"]]
-        low, mid, high = (_figure(row["rate"][k] / scale) for k in ("low", "mid", "high"))
-        span = f"{mid} ({low} to {high})"
-        table.add_row(name, str(row["threads"]), _figure(row["best"] / scale), span, unit, shorten(row["by"], 14))
+    for name in ("", "threads", "best", "median (95 %)", "by"):
+        table.add_column(name, justify="left" if name in ("", "by") else "right", no_wrap=True)
+    known = [row for row in rows if row["what"] in CEILINGS]
+    for row in sorted(known, key=lambda r: (list(CEILINGS).index(r["what"]), r["threads"])):
+        name, scale = CEILINGS[row["what"]]
+        low, mid, high = (words.figure(row["rate"][k] / scale) for k in ("low", "mid", "high"))
+        by = words.shorten(row["by"], 14)
+        table.add_row(name, str(row["threads"]), words.figure(row["best"] / scale), f"{mid} ({low} to {high})", by)
     return table
 
 
-# --- figures ----------------------------------------------------------------------------------------------------
-
-
-def _figure(value: float) -> str:
-    """Three digits that count, and never an exponent."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:.{DIGITS}g}"
-
-
-def _scaled(value: float, units: Sequence[tuple[str, float]]) -> str:
-    """In the largest unit that leaves at least 1; the last one for what is smaller still."""
-    unit, scale = next(((u, s) for u, s in units if abs(value) >= 0.9995 * s), units[-1])
-    return f"{_figure(value / scale)} {unit}".rstrip()
-
-
-def _seconds(value: float) -> str:
-    return _scaled(value, (("s", 1.0), ("ms", 1e-3), ("us", 1e-6), ("ns", 1e-9))) if value else "0"
-
-
-def _bytes(value: float) -> str:
-    return _scaled(value, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0))) if value else "0"
-
-
 def _count(value: float) -> str:
-    return _scaled(value, (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3), ("", 1.0))) if value else "0"
+    """A number with its thousands by letter: `4.19 M`."""
+    for unit, scale in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if value >= scale:
+            return f"{words.figure(value / scale)} {unit}"
+    return f"{value:.0f}" if value >= 10 or value == int(value) else words.figure(value)
+
+
+def _least(value: float) -> str:
+    return "< 0.1 us" if 0 < value < 1e-7 else words.seconds(value)
 
 
 def _span(interval: Data) -> str:
-    """A time with its interval, in one unit where it is narrow."""
-    low, mid, high = (_seconds(interval[k]) for k in ("low", "mid", "high"))
+    """A time with its interval."""
+    low, mid, high = (words.seconds(interval[k]) for k in ("low", "mid", "high"))
     return f"{mid} ({low} to {high})"
 
 

@@ -84,7 +84,7 @@ class Progress:
         self._start = clock()
         self._phase, self._now = "", ""
         self._best: Trial | None = None
-        self._tried = self._turned_away = 0
+        self._outcomes: dict[str, bool] = {}  # by recipe: a recipe that is measured again counts once
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -110,8 +110,8 @@ class Progress:
 
     def phase(self, name: str) -> None:
         """A new part of the work begins."""
-        self._phase = words.shorten(name, 60)
-        if self._live is None:
+        before, self._phase = self._phase, words.shorten(name, 60)
+        if self._live is None and self._phase != before:
             self._say(Text(f"[{self._elapsed()}] {self._phase}"))
 
     def trying(self, recipe: Recipe, doing: str) -> None:
@@ -120,8 +120,7 @@ class Progress:
 
     def found(self, trial: Trial, best: Trial | None) -> None:
         """A trial ended.  A new best is worth a line that stays; a refusal is not."""
-        self._tried += 1
-        self._turned_away += trial.verified is None
+        self._outcomes[trial.recipe.key] = trial.verified is not None
         before = self._best.recipe.key if self._best else None
         self._best = best
         if best is not None and best.recipe.key != before:
@@ -141,7 +140,8 @@ class Progress:
     def _counts(self) -> Text:
         budget = f" of {words.duration(self._budget)}" if self._budget else ""
         spent = words.duration(self._clock() - self._start)
-        return Text(f"{self._tried} tried, {self._turned_away} turned away, {spent}{budget}")
+        tried, verified = len(self._outcomes), sum(self._outcomes.values())
+        return Text(f"{tried} tried, {tried - verified} turned away, {spent}{budget}")
 
     def _lines(self) -> RenderableType:
         """The live lines, each cut to the terminal's width."""

@@ -8,6 +8,7 @@ from accelerando.goal import Check, Outcome
 from accelerando.interval import Interval
 from accelerando.report import advice, plots, words
 from accelerando.report.elements import Child, data, el, fine, table
+from accelerando.report.plane import picture
 from accelerando.report.story import Story
 from accelerando.trial import Refused
 
@@ -42,7 +43,11 @@ def hero(story: Story) -> Element:
     outcome, evidence = story.bundle.verdict.outcome, story.best.evidence
     speed = evidence.speedup
     found = story.bundle.best > 0
-    big = fine(f"{words.times(speed.mid)} {'faster' if speed.mid >= 1 else 'the speed'}") if found else "The original stays"
+    big = (
+        fine(f"{words.times(speed.mid)} {'faster' if speed.mid >= 1 else 'the speed'}")
+        if found
+        else "The original stays"
+    )
     under = (
         f"{words.recipe(story.best.recipe)}. The true figure lies between {words.times(speed.low)} and "
         f"{words.times(speed.high)}, with {speed.confidence:.0%} confidence."
@@ -65,14 +70,21 @@ def cards(story: Story) -> Element:
     evidence, metric = story.best.evidence, story.metric
     memory, disk = evidence.original_peak_bytes, evidence.original_disk_bytes
     figures = [
-        ("time per call (p50)", words.seconds(evidence.latency().mid), f"was {words.seconds(evidence.original_latency().mid)}"),
+        (
+            "time per call (p50)",
+            words.seconds(evidence.latency().mid),
+            f"was {words.seconds(evidence.original_latency().mid)}",
+        ),
         (metric, words.quality(metric, evidence.quality.mid), f"drop {words.drop(metric, evidence.drop)}"),
         ("memory while running", words.size(evidence.peak_bytes), f"was {words.size(memory)}"),
         ("size on disk", words.size(evidence.disk_bytes), f"was {words.size(disk)}"),
     ]
     return el(
         "dl",
-        *(el("div", el("dt", name), el("dd", fine(value)), el("dd", fine(was), class_="was")) for name, value, was in figures),
+        *(
+            el("div", el("dt", name), el("dd", fine(value)), el("dd", fine(was), class_="was"))
+            for name, value, was in figures
+        ),
         class_="cards",
     )
 
@@ -86,7 +98,7 @@ def verdict(story: Story) -> Element:
         f"{of}, and on {len(evidence.rounds)} rounds of a duel with the original, batch {evidence.batch}."
     )
     rows: list[list[Child]] = [
-        [words.bound(c.bound, story.metric), fine(measured(story, c)), el("span", c.outcome.value, class_=TONE[c.outcome])]
+        [fine(str(c.bound)), fine(measured(story, c)), el("span", c.outcome.value, class_=TONE[c.outcome])]
         for c in story.bundle.verdict.checks
     ]
     return section(
@@ -105,12 +117,12 @@ def measured(story: Story, check: Check) -> str:
 
 def plane(story: Story) -> Element:
     lead = (
-        f"Every recipe that was measured ({len(story.seen)}). Further right is faster, further up is better; the crosses "
-        "are the intervals. Triangles at the lower edge lost more quality than the plot shows."
+        f"Every recipe that was measured ({len(story.seen)}). Further right is faster, further up is better; the "
+        "crosses are the intervals. Triangles at the lower edge lost more quality than the plot shows."
     )
     return section(
         "plane", "Speed and quality", lead,
-        plot("plane", plots.plane(story), f"{story.headline}; the table of the ladder holds the same figures"),
+        plot("plane", picture(story), f"{story.headline}; the table of the ladder holds the same figures"),
     )  # fmt: skip
 
 
@@ -124,7 +136,8 @@ def ladder(story: Story) -> Element:
         rows.append([
             str(number), el("span", name, el("em", marks) if marks else None), interval(evidence.speedup, words.times),
             interval(evidence.latency(), words.seconds), interval(evidence.latency(0.99), words.seconds),
-            fine(words.quality(metric, evidence.quality.mid)), interval(evidence.drop, lambda v: words.difference(metric, v)),
+            fine(words.quality(metric, evidence.quality.mid)),
+            interval(evidence.drop, lambda v: words.difference(metric, v)),
             words.size(evidence.peak_bytes), words.size(evidence.disk_bytes),
         ])  # fmt: skip
     unit = "points" if metric in words.SHARES else "its unit"
@@ -151,14 +164,16 @@ def way(story: Story) -> Element | None:
     note = f"Not measured apart, so shown as one step: {'; '.join(apart)}." if apart else None
     rows: list[list[Child]] = [
         [leg.added, interval(leg.seen.evidence.speedup, words.times),
-         fine(words.times(leg.seen.evidence.speedup.mid / leg.before)), fine(words.drop(story.metric, leg.seen.evidence.drop))]
+         fine(words.times(leg.gain)) + ("" if leg.clear else " (not clear)"),
+         fine(words.drop(story.metric, leg.seen.evidence.drop))]
         for leg in legs
     ]  # fmt: skip
     return section(
         "way", "What each step brought",
         "From the original to the best, over simpler versions of the best that were measured themselves.",
         plot("way", plots.way(story), "Speedup after each step; the table below holds the same figures"),
-        table(["step", "speedup after it", "by this step", "drop after it"], rows, "The way to the best", frozenset({1, 2})),
+        table(["step", "speedup after it", "by this step", "drop after it"], rows, "The way to the best",
+              frozenset({1, 2})),
         el("p", note, class_="note") if note else None,
     )  # fmt: skip
 
@@ -168,7 +183,9 @@ def latency(story: Story) -> Element:
     arms = [(str(i), story.name(r.recipe), r.evidence) for i, r in enumerate(story.bundle.ladder.rungs)]
     for number, name, evidence in arms:
         quantiles = [interval(evidence.latency(q), words.seconds) for q in (0.5, 0.95, 0.99)]
-        rows.append([number, name, *quantiles, words.seconds(float(evidence.seconds.max())), str(len(evidence.seconds))])
+        rows.append(
+            [number, name, *quantiles, words.seconds(float(evidence.seconds.max())), str(len(evidence.seconds))]
+        )
     return section(
         "latency", "How long a call takes",
         "The share of calls that are answered within a time. Further left is faster; steeper is steadier.",
@@ -195,7 +212,8 @@ def tried(story: Story) -> Element | None:
     return section(
         "tried", "What was tried", lead,
         plot("learning", plots.learning(story), "The best speedup over the time of the search"),
-        table(["with", "tried", "verified", "fastest", "time"], rows, "By backend and technique", frozenset({1, 2, 3, 4})),
+        table(["with", "tried", "verified", "fastest", "time"], rows, "By backend and technique",
+              frozenset({1, 2, 3, 4})),
     )  # fmt: skip
 
 
@@ -220,7 +238,9 @@ def refusals(story: Story) -> Element | None:
                 el("ul", *items),
             )
         )
-    return section("refusals", "What was turned away, and why", "Each with its reason and what to do about it.", *groups)
+    return section(
+        "refusals", "What was turned away, and why", "Each with its reason and what to do about it.", *groups
+    )
 
 
 def circumstances(story: Story) -> Element:
@@ -228,7 +248,9 @@ def circumstances(story: Story) -> Element:
     bundle, machine = story.bundle, story.bundle.machine
     workload, run = bundle.workload, bundle.run
     caches = ", ".join(f"{name} {size / 1024:.0f} KiB" for name, size in machine.caches)
-    splits = ", ".join(f"{workload[k]} to {k}" for k in ("calibrate", "select", "certify") if workload.get(k) is not None)
+    splits = ", ".join(
+        f"{workload[k]} to {k}" for k in ("calibrate", "select", "certify") if workload.get(k) is not None
+    )
     facts = {
         "processor": machine.cpu,
         "cores": str(machine.cores),

@@ -9,6 +9,7 @@ from functools import cached_property
 from accelerando.bundle import Bundle
 from accelerando.errors import Reason
 from accelerando.goal import Outcome
+from accelerando.interval import Interval
 from accelerando.ladder import Rung
 from accelerando.recipe import Plugin, Recipe
 from accelerando.report import words
@@ -29,12 +30,29 @@ class Seen:
 
 @dataclass(frozen=True)
 class Leg:
-    """One leg of the way from the original to the best: what was added, and the recipe measured at its end."""
+    """One leg of the way from the original to the best: what was added, and the recipe measured at its end.
+
+    `together` where several things were added at once, for nothing between them was measured; `before` is the
+    speedup at its beginning.
+    """
 
     added: str
-    together: bool  # several things at once, for nothing between them was measured
+    together: bool
     seen: Seen
-    before: float  # the speedup at its beginning
+    before: Interval
+
+    @property
+    def after(self) -> Interval:
+        return self.seen.evidence.speedup
+
+    @property
+    def gain(self) -> float:
+        return self.after.mid / self.before.mid
+
+    @property
+    def clear(self) -> bool:
+        """Whether it changed the speed by more than the intervals leave open."""
+        return self.after.low > self.before.high or self.after.high < self.before.low
 
 
 @dataclass(frozen=True)
@@ -63,8 +81,14 @@ class Story:
     bundle: Bundle
 
     @cached_property
-    def trials(self) -> tuple[Trial, ...]:
+    def history(self) -> tuple[Trial, ...]:
+        """Every trial, in order; a recipe that was measured again is there again."""
         return tuple(self.bundle.trials)
+
+    @cached_property
+    def trials(self) -> tuple[Trial, ...]:
+        """The last trial of every recipe."""
+        return tuple({t.recipe.key: t for t in self.history}.values())
 
     @property
     def original(self) -> Rung:
@@ -89,7 +113,7 @@ class Story:
 
     @cached_property
     def seen(self) -> tuple[Seen, ...]:
-        """Every measured recipe once: a rung's evidence stands before that of a trial, a later trial's before an earlier's."""
+        """Every measured recipe once; a rung's evidence stands before that of its trial."""
         found: dict[str, Seen] = {}
         for trial in self.trials:
             if trial.evidence is not None:
@@ -98,6 +122,12 @@ class Story:
         for number, rung in enumerate(self.bundle.ladder.rungs):
             found[rung.recipe.key] = Seen(rung.recipe, rung.evidence, number)
         return tuple(found.values())
+
+    @cached_property
+    def timed(self) -> tuple[tuple[Recipe, Refused, Interval], ...]:
+        """Recipes that were turned away on their speed, before their quality was looked at."""
+        outcomes = [(t.recipe, t.outcome) for t in self.trials if isinstance(t.outcome, Refused)]
+        return tuple((r, o, o.speedup) for r, o in outcomes if o.evidence is None and o.speedup is not None)
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
@@ -110,7 +140,7 @@ class Story:
 
     @cached_property
     def tallies(self) -> tuple[Tally, ...]:
-        """By backend, then by technique: recipes that hold several count for each; bare changes of form are left out."""
+        """By backend, then by technique: one that holds several counts for each; changes of form are left out."""
         backends: dict[str, list[Trial]] = defaultdict(list)
         techniques: dict[str, list[Trial]] = defaultdict(list)
         for trial in self.trials:
@@ -137,11 +167,11 @@ class Story:
             before = [c for c in chains if parts(c[-1].recipe) < parts(variant.recipe)]
             chains.append([*max(before, key=len, default=[]), variant])
         way = next((c for c in reversed(chains) if parts(c[-1].recipe) == whole), [])
-        legs, known, speed = [], frozenset[Part](), 1.0
+        legs, known, speed = [], frozenset[Part](), Interval.exactly(1.0)
         for seen in way:
             new = parts(seen.recipe) - known
             legs.append(Leg(_added(seen.recipe, new), _weight(seen.recipe, new) > 1, seen, speed))
-            known, speed = parts(seen.recipe), seen.evidence.speedup.mid
+            known, speed = parts(seen.recipe), seen.evidence.speedup
         return tuple(legs)
 
     @property

@@ -110,7 +110,7 @@ def _checks(story: Story) -> Table:
         bound = check.bound
         measured = words.between(check.interval, lambda v, b=bound: words.quantity(b, v, story.metric))
         style = STYLE[check.outcome].removeprefix("bold ")
-        table.add_row(words.bound(bound, story.metric), measured, Text(check.outcome.value, style=style))
+        table.add_row(str(bound), measured, Text(check.outcome.value, style=style))
     return table
 
 
@@ -125,6 +125,7 @@ def _ladder(story: Story) -> Table:
     table.add_column("memory\nsize", justify="right", no_wrap=True)
     for number, rung in enumerate(story.bundle.ladder.rungs):
         evidence, best = rung.evidence, number == story.bundle.best
+        drop = words.drop(metric, evidence.drop).replace(" points", "")
         name = Text(story.name(rung.recipe))
         if not rung.certified and number:
             name.append(" (not certified)", style="yellow")
@@ -132,10 +133,9 @@ def _ladder(story: Story) -> Table:
             f"{number}{'*' if best else ''}",
             name,
             f"{words.between(evidence.speedup, words.times)}\n{words.seconds(evidence.latency().mid)}",
-            f"{words.quality(metric, evidence.quality.mid)}\n{words.drop(metric, evidence.drop).replace(' points', '')}",
+            f"{words.quality(metric, evidence.quality.mid)}\n{drop}",
             f"{words.size(evidence.peak_bytes)}\n{words.size(evidence.disk_bytes)}",
             style="bold" if best else "",
-            end_section=False,
         )
     return table
 
@@ -146,16 +146,14 @@ def _tried(story: Story) -> RenderableType:
     budget = f" of {words.duration(float(run['budget_seconds']))}" if run.get("budget_seconds") else ""
     line = f"{len(story.trials)} recipes{spent}{budget}: {verified} verified, {story.turned_away} turned away."
     if run.get("finished") is False:
-        line += " The search was stopped before its end; it can be resumed."
+        line += " It was not through with its plan, and can be resumed."
     table = Table(box=LINES, padding=(0, 1), show_edge=False, header_style="dim", pad_edge=False)
     table.add_column("with")
     for name in ("tried", "verified", "fastest", "time"):
         table.add_column(name, justify="right", no_wrap=True)
     for tally in story.tallies:
         best = words.times(tally.best.speedup.mid) if tally.best else "-"
-        table.add_row(
-            Text(tally.name), str(tally.tried), str(tally.verified), best, words.duration(tally.seconds)
-        )
+        table.add_row(Text(tally.name), str(tally.tried), str(tally.verified), best, words.duration(tally.seconds))
     return Group(Text(line), Text(), table)
 
 

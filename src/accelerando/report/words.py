@@ -31,7 +31,9 @@ NAMES = {
 }
 # Knobs whose value says enough without the knob's name.
 SELF_EVIDENT = frozenset({"method", "calibration", "dtype", "precision", "hint", "layout", "format", "mode"})
-CONTROL = re.compile(r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]")
+CONTROL = re.compile(
+    r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]"
+)
 
 
 def clean(text: str) -> str:
@@ -104,8 +106,10 @@ def figure(value: float, digits: int = 3) -> str:
 
 def seconds(value: float) -> str:
     """A latency: `850 us`, `1.23 ms`, `2.10 s`."""
-    for unit, scale in (("us", 1e6), ("ms", 1e3)):
-        if abs(value) * scale < 1000:
+    if value == 0:
+        return "0 s"
+    for unit, scale in (("ns", 1e9), ("us", 1e6), ("ms", 1e3)):
+        if abs(value) * scale < 999.5:
             return f"{figure(value * scale)} {unit}"
     return f"{figure(value)} s"
 
@@ -193,20 +197,3 @@ def quantity(bound: Bound, value: float, metric: str) -> str:
     if bound.quantity == "drop" and metric in SHARES:
         return f"{points(value)} points"
     return quality(metric, value)
-
-
-def bound(asked: Bound, metric: str, value: float | None = None) -> str:
-    """A bound as it would be asked for: `drop <= 1 %`.
-
-    Args:
-        value: another value in place of the one that was asked for.
-    """
-    value = asked.value if value is None else value
-    if asked.quantity == "drop" and (asked.relative or metric in SHARES):
-        said = f"{figure(100 * value)} {'%' if asked.relative else 'points'}"
-    elif asked.quantity == "quality" and metric in SHARES:
-        said = f"{figure(100 * value, 4)} %"
-    else:
-        said = quantity(asked, value, metric)
-    said = re.sub(r"\.(\d*?)0+(?!\d)", lambda m: f".{m[1]}" if m[1] else "", said)
-    return f"{asked.quantity} {'>=' if asked.least else '<='} {said}"

@@ -27,12 +27,12 @@ from accelerando.goal import Goal
 from accelerando.ladder import Ladder, Rung
 from accelerando.machine import Machine, installed_version
 from accelerando.measure.arm import PROBE_ROWS, Subject, save_samples
-from accelerando.measure.examine import Bench
+from accelerando.measure.bench import Bench
 from accelerando.parity import Parity
 from accelerando.recipe import Artifact, Recipe
-from accelerando.search.attempt import Grounds, check_files
 from accelerando.search.budget import Budget
-from accelerando.search.certify import certify, uncertified
+from accelerando.search.certificate import certify, uncertified
+from accelerando.search.grounds import Grounds, check_files
 from accelerando.search.log import Journal
 from accelerando.search.workshop import Workshop
 from accelerando.trial import Trial

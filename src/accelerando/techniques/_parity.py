@@ -7,6 +7,7 @@ baked a size into the graph is right at that size only.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from accelerando.errors import Reason, RefusalError
 from accelerando.signature import Array, Signature, to_numpy
-from accelerando.workload import Model, Samples
+from accelerando.workload import Form, Model, Samples, flat_module
 
 TOLERANCE = 1e-3  # of the largest answer; float32 kernels that add in another order stay a hundred times below
 
@@ -98,7 +99,9 @@ def ensure_same(signature: Signature, expected: Sequence[Array], got: Sequence[A
             )
         if want.dtype.kind != "f":
             if not np.array_equal(want, have):
-                raise RefusalError(Reason.NOT_SAME, f"{port.name} differs in {np.mean(want != have):.1%} of its entries")
+                raise RefusalError(
+                    Reason.NOT_SAME, f"{port.name} differs in {np.mean(want != have):.1%} of its entries"
+                )
             continue
         scale = max(float(np.nanmax(np.abs(want), initial=0.0)), 1e-6)
         off = np.abs(want.astype(np.float64) - have.astype(np.float64)) / scale
@@ -119,17 +122,14 @@ def ensure_same_onnx(model: Model, path: Path, data: Samples) -> float:
     Raises:
         RefusalError: it is not the same function, or ONNX Runtime can't run it.
     """
-    from accelerando.workload import Form, flat_module
-
-    after, signature = session_of(path), model.signature
-    before = flat_module(model) if model.form is Form.TORCH else session_of(model.content)
+    signature, after = model.signature, session_of(path)
+    if model.form is Form.TORCH:
+        before = partial(answer_torch, flat_module(model))
+    else:
+        before = partial(answer_onnx, session_of(model.content), signature)
     worst = 0.0
     for leaves in probes(signature, data):
-        if model.form is Form.TORCH:
-            expected = answer_torch(before, leaves)
-        else:
-            expected = answer_onnx(before, signature, leaves)
-        worst = max(worst, ensure_same(signature, expected, answer_onnx(after, signature, leaves)))
+        worst = max(worst, ensure_same(signature, before(leaves), answer_onnx(after, signature, leaves)))
     return worst
 
 

@@ -1,4 +1,4 @@
-"""Other people's compressors print, log and draw progress bars; nothing of that may reach the user's terminal."""
+"""Other people's exporters and compressors print, log and draw progress bars; none of it may reach the user."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silence prints, progress bars, logging and warnings of a library for a while; errors still rise.
+    """Silence a library's prints, progress bars, logging and warnings for a while; its errors still rise.
 
     The root logger's handlers are put back too: a library that calls `logging.warning` installs one.
     """
@@ -19,7 +19,7 @@ def quiet() -> Iterator[None]:
     handlers = list(root.handlers)
     logging.disable(logging.ERROR)
     try:
-        with redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -125,7 +125,7 @@ class ExportOnnx(Technique):
         ports = (*model.signature.inputs, *model.signature.outputs)
         fast = torch.backends.mha.get_fastpath_enabled()
         torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no translation
-        torch._C._jit_set_onnx_log_enabled(False)  # type: ignore[attr-defined]  # else it prints the graph of a failure
+        torch._C._jit_set_onnx_log_enabled(False)  # else it prints the graph of a failure
         try:
             torch.onnx.export(
                 _own_copy(model),

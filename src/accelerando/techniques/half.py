@@ -1,18 +1,23 @@
-"""Half precision: the module computes in bfloat16 or float16, and still takes and gives what it did."""
+"""Half precision: an exported program that computes in bfloat16 or float16, and takes and gives what it did."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.recipe import Stage, Technique
-from accelerando.techniques._parity import answer_torch, first_lines, probes
+from accelerando.signature import Array
+from accelerando.techniques._capture import capture
+from accelerando.techniques._parity import answer_torch, example, first_lines, probes
 from accelerando.techniques._quiet import quiet
-from accelerando.workload import Form, Model, Samples, flat_module
+from accelerando.workload import Form, Model, Samples
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16"}
 
@@ -27,10 +32,9 @@ class Half(Technique):
 
     dtype: str = "bf16"
 
-    takes: ClassVar[Form] = Form.TORCH
-    gives: ClassVar[Form] = Form.TORCH
-    # Before the export: a recipe's stages never go back, and no exporter's program is rewritten afterwards.
-    stage: ClassVar[Stage] = Stage.LOWER
+    takes: ClassVar[Form] = Form.EXPORTED
+    gives: ClassVar[Form] = Form.EXPORTED  # not of a module: ONNX Runtime has no such kernels on CPUs
+    stage: ClassVar[Stage] = Stage.QUANTIZE
     needs: ClassVar[tuple[str, ...]] = ("torch",)
 
     def __post_init__(self) -> None:
@@ -42,31 +46,34 @@ class Half(Technique):
         return [cls(), cls(dtype="fp16")] if machine.fp16 else [cls()]
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
-        if model.form is not Form.TORCH:
-            return None
         if not (machine.bf16 if self.dtype == "bf16" else machine.fp16):
             return RefusalError(Reason.NOT_NATIVE, f"{machine.cpu} has no {self.dtype} products: it would be slower")
-        floats = {str(t.dtype) for t in model.content.state_dict().values() if t.dtype.is_floating_point}
+        if model.form is not Form.EXPORTED:
+            return None
+        floats = {str(t.dtype) for t in model.content.state_dict.values() if t.dtype.is_floating_point}
         if floats and floats <= {f"torch.{DTYPES[self.dtype]}"}:
             return RefusalError(Reason.NOTHING_TO_DO, f"every weight is {self.dtype} already")
         return None
 
     def apply(self, model: Model, data: Samples, folder: Path) -> Model:
-        halved = model.changed(Form.TORCH, _halved(model, DTYPES[self.dtype]), f"half: computes in {self.dtype}")
-        flat = flat_module(halved)
-        for leaves in probes(model.signature, data):
-            try:
-                with quiet():
-                    answers = answer_torch(flat, leaves)
-            except Exception as error:
-                raise RefusalError(Reason.UNSUPPORTED, f"it does not run in {self.dtype}: {first_lines(error)}") from error
-            _check(model, answers)
-        return halved
+        import torch
+
+        signature = model.signature
+        try:
+            with quiet():
+                halved = _halved(model, getattr(torch, DTYPES[self.dtype]))
+                for leaves in probes(signature, data):
+                    _check(model, answer_torch(halved, leaves))
+        except RefusalError:
+            raise
+        except Exception as error:
+            raise RefusalError(Reason.UNSUPPORTED, f"it does not run in {self.dtype}: {first_lines(error)}") from error
+        program = capture(halved, signature, example(signature, data))
+        return model.changed(Form.EXPORTED, program, f"half: computes in {self.dtype}")
 
 
-def _check(model: Model, answers: list[Any]) -> None:
-    import numpy as np
-
+def _check(model: Model, answers: list[Array]) -> None:
+    """Refuse answers of another type, or that overflowed."""
     for port, answer in zip(model.signature.outputs, answers, strict=True):
         if str(answer.dtype) != port.dtype:
             raise RefusalError(Reason.WRONG_OUTPUT, f"{port.name} is {answer.dtype}, but must be {port.dtype}")
@@ -74,26 +81,38 @@ def _check(model: Model, answers: list[Any]) -> None:
             raise RefusalError(Reason.NOT_FINITE, f"{port.name} overflows")
 
 
-def _halved(model: Model, name: str) -> Any:
-    """A copy of the module in 16 bits that takes and gives the signature's types."""
-    import copy
-
+def _halved(model: Model, dtype: Any) -> Any:
+    """A module of the program in 16 bits, that takes and gives the signature's types."""
     import torch
-    from torch.utils._pytree import tree_map
 
-    dtype = getattr(torch, name)
-    outputs = tuple(getattr(torch, p.dtype, None) for p in model.signature.outputs)
+    outputs = [getattr(torch, port.dtype) for port in model.signature.outputs]
+    inner = copy.deepcopy(model.content.module(check_guards=False)).to(dtype)
+    for graph in (m for m in inner.modules() if isinstance(m, torch.fx.GraphModule)):
+        _narrow(graph, dtype)
 
     class Halved(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.inner = copy.deepcopy(model.content).to(dtype)
+            self.inner = inner
 
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            args, kwargs = tree_map(_narrow, (args, kwargs))
-            return _Widen(outputs)(self.inner(*args, **kwargs))
-
-    def _narrow(value: Any) -> Any:
-        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        def forward(self, *leaves: Any) -> tuple[Any, ...]:
+            answers = self.inner(*(x.to(dtype) if x.is_floating_point() else x for x in leaves))
+            return tuple(x.to(wanted) for x, wanted in zip(answers, outputs, strict=True))
 
     return Halved().eval().requires_grad_(False)
+
+
+def _narrow(graph: Any, dtype: Any) -> None:
+    """What the program makes in float32 on its way, it makes in 16 bits; what it asserts of types is dropped."""
+    import torch
+    from torch.fx.node import map_aggregate
+
+    def other(value: Any) -> Any:
+        return dtype if value in (torch.float32, torch.float64) else value
+
+    for node in list(graph.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.graph.erase_node(node)
+        elif node.op == "call_function":
+            node.args, node.kwargs = map_aggregate(node.args, other), map_aggregate(node.kwargs, other)
+    graph.recompile()

@@ -9,11 +9,11 @@ from accelerando.errors import Reason, RefusalError
 from accelerando.goal import Goal, Outcome
 from accelerando.ladder import Ladder, Rung
 from accelerando.measure.arm import Arm
-from accelerando.measure.duel import CERTIFY, Effort
-from accelerando.measure.examine import examine
+from accelerando.measure.bench import examine
+from accelerando.measure.rounds import CERTIFY, Effort
 from accelerando.recipe import Recipe
-from accelerando.search.attempt import Grounds
 from accelerando.search.budget import Budget
+from accelerando.search.grounds import Grounds
 from accelerando.signature import Array
 from accelerando.trial import Refused, Trial
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from accelerando.interval import Interval
-from accelerando.measure import duel as duel_module
-from accelerando.measure.duel import SELECT, Effort, Rounds, duel
+from accelerando.measure import rounds as duel_module
+from accelerando.measure.rounds import SELECT, Effort, Rounds, duel
 
 
 @dataclass

@@ -15,10 +15,10 @@ from accelerando.errors import Reason, RefusalError, UsageError
 from accelerando.goal import Goal, Outcome
 from accelerando.interval import Interval
 from accelerando.measure.arm import Subject
-from accelerando.measure.duel import SELECT, Effort
-from accelerando.measure.examine import Bench, examine
+from accelerando.measure.bench import Bench, examine
+from accelerando.measure.rounds import SELECT, Effort
 from accelerando.recipe import Artifact, File, Recipe
-from accelerando.search.ask import LOSSLESS_DROP, Proposal
+from accelerando.search.proposal import LOSSLESS_DROP, Proposal
 from accelerando.search.workshop import Built, Workshop
 from accelerando.trial import Evidence, Refused, Trial, Verified
 

@@ -10,7 +10,7 @@ from accelerando.errors import RefusalError
 from accelerando.interval import Floats, Interval
 from accelerando.machine import Machine
 from accelerando.measure.arm import Arm, Subject
-from accelerando.measure.duel import SCREEN, Effort, Rounds, duel
+from accelerando.measure.rounds import SCREEN, Effort, Rounds, duel
 from accelerando.metric import Metric
 from accelerando.signature import Signature
 from accelerando.trial import Evidence, thin

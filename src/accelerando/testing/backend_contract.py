@@ -1,0 +1,414 @@
+"""What every backend must keep, as checks that anyone can run on a backend of their own.
+
+    from accelerando.testing import backend_contract as contract
+
+    @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda c: c.__name__)
+    def test_contract(check, tmp_path):
+        check(contract.prepare(MyBackend, "image", tmp_path))
+
+A check raises AssertionError with what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelerando.errors import BrokenPluginError, RefusalError
+from accelerando.machine import Machine
+from accelerando.measure.child import Child
+from accelerando.plugins import discover
+from accelerando.recipe import Artifact, Backend, Runner, plugin_from_json, snake
+from accelerando.signature import Array, Signature, flatten, to_numpy
+from accelerando.workload import Form, Model, Samples, Workload, plain_call
+
+HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "transformers", "sklearn", "pandas")
+TOLERANCE = 1e-3  # of an answer's largest value: float32 in another order stays a hundred times below
+ROWS = (1, 2, 5)
+LOAD_SECONDS = 240.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A backend, and a small model that it has compiled.
+
+    Args:
+        backend: with its knobs.
+        original: the torch model.
+        given: the same in a form that the backend takes.
+        folder: the folder that the backend compiled into, `artifact` its description.
+        samples: rows of data, each chunk of another shape.
+    """
+
+    backend: Backend
+    original: Model
+    given: Model
+    folder: Path
+    artifact: Artifact
+    samples: Samples
+
+    @property
+    def signature(self) -> Signature:
+        return self.original.signature
+
+    def load(self, folder: Path | None = None) -> Runner:
+        """A fresh runner, from another folder where one is given."""
+        skeleton = None if self.backend.portable else self.original.content
+        return self.backend.load(self.artifact, folder or self.folder, self.signature, skeleton)
+
+    def batches(self) -> list[list[Array]]:
+        """Inputs of one, a few and several rows, of every shape that was seen."""
+        return [[np.array(x[:n]) for x in chunk.inputs] for chunk in self.samples.chunks for n in ROWS]
+
+    def expected(self, leaves: Sequence[Array]) -> list[Array]:
+        """The original's own answer, flat."""
+        return [to_numpy(x) for x in flatten(plain_call(self.original)(leaves))[0]]
+
+
+def prepare(kind: type[Backend], case: str, folder: Path, **knobs: Any) -> Subject:
+    """Compile the model of a case with a backend, into a folder that is empty.
+
+    Raises:
+        RefusalError: the backend, or the export that it needs, turns the model away.
+        BrokenPluginError: no exact technique gives a form that the backend takes.
+    """
+    model, data = CASES[case]()
+    workload = Workload.adopt(model, data, metric="cosine")
+    backend = kind(**knobs)
+    given = _in_form(workload, backend, folder)
+    if refusal := backend.refuse(given, Machine.look()):
+        raise refusal
+    compiled = folder / "compiled"
+    compiled.mkdir()
+    artifact = backend.compile(given, compiled)
+    return Subject(backend, workload.model, given, compiled, artifact, workload.select)
+
+
+def _in_form(workload: Workload, backend: Backend, folder: Path) -> Model:
+    if Form.TORCH in backend.takes:
+        return workload.model
+    for technique in discover("techniques").values():
+        if technique.takes is Form.TORCH and technique.gives in backend.takes and technique.exact:
+            (folder / "exported").mkdir()
+            return technique().apply(workload.model, workload.calibrate, folder / "exported")
+    raise BrokenPluginError(f"no exact technique turns a torch model into what {backend.name} takes: {backend.takes}")
+
+
+# --- the checks -------------------------------------------------------------------------------------------------
+
+
+def check_parity(subject: Subject) -> None:
+    """It answers as the original does, at every size of batch and every shape that was seen."""
+    runner = subject.load()
+    for leaves in subject.batches():
+        _ensure_close(subject, subject.expected(leaves), runner([x.copy() for x in leaves]))
+    runner.close()
+
+
+def check_fresh_process(subject: Subject) -> None:
+    """What `compile` wrote, and no more, comes to life in a process that knows nothing else."""
+    alone = subject.folder.parent / "alone"
+    for file in subject.artifact.files:
+        (alone / file.path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(subject.folder / file.path, alone / file.path)
+    leaves = subject.batches()[-1]
+    skeleton = None if subject.backend.portable else subject.original.content
+    kind = type(subject.backend)
+    child = Child(subject.backend.name)
+    try:
+        got = child.call(
+            _answer_afresh, kind, json.dumps(subject.backend.to_json()), json.dumps(subject.artifact.to_json()),
+            str(alone), json.dumps(subject.signature.to_json()), skeleton, leaves, timeout=LOAD_SECONDS,
+        )  # fmt: skip
+    finally:
+        child.close()
+        shutil.rmtree(alone)
+    _ensure_close(subject, subject.expected(leaves), got)
+
+
+def _answer_afresh(
+    kind: type[Backend], knobs: str, artifact: str, folder: str, signature: str, skeleton: Any, leaves: list[Array]
+) -> list[Array]:
+    backend = plugin_from_json(kind, json.loads(knobs))
+    described = Artifact.from_json(json.loads(artifact))
+    runner = backend.load(described, Path(folder), Signature.from_json(json.loads(signature)), skeleton)
+    return [np.array(x) for x in runner(leaves)]
+
+
+def check_ready(subject: Subject) -> None:
+    """Answers are arrays, whole on return, and later calls do not change them."""
+    runner = subject.load()
+    batches = subject.batches()
+    answers = [runner([x.copy() for x in leaves]) for leaves in batches]
+    for answer in answers:
+        wrong = [type(x).__name__ for x in answer if not isinstance(x, np.ndarray)]
+        assert not wrong, f"answers must be numpy arrays, but some are {wrong}"
+    now = [[x.copy() for x in answer] for answer in answers]
+    for leaves in reversed(batches):
+        runner([x.copy() for x in leaves])
+    for before, after in zip(now, answers, strict=True):
+        same = all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+        assert same, "an answer changed when the runner was called again: it must be in memory of its own"
+
+
+def check_inputs(subject: Subject) -> None:
+    """Inputs stay as they are, and may be read-only or not contiguous."""
+    runner = subject.load()
+    for leaves in subject.batches():
+        expected, kept = subject.expected(leaves), [x.copy() for x in leaves]
+        for _ in range(2):  # the first call may be special
+            runner(leaves)
+        same = all(np.array_equal(a, b) for a, b in zip(leaves, kept, strict=True))
+        assert same, "the runner changed its caller's inputs"
+        awkward = [np.repeat(x, 2, axis=0)[::2] for x in leaves]
+        for x in awkward:
+            x.flags.writeable = False
+        _ensure_close(subject, expected, runner(awkward))
+
+
+def check_model_is_unchanged(subject: Subject) -> None:
+    """Compiling changes neither the model that was given nor its files."""
+    before = _fingerprint(subject.given)
+    again = subject.folder.parent / "again"
+    again.mkdir()
+    subject.backend.compile(subject.given, again)
+    shutil.rmtree(again)
+    assert _fingerprint(subject.given) == before, "compile changed the model that it was given"
+    leftover = {p.name for p in subject.folder.parent.iterdir()} - {"exported", "compiled"}
+    assert not leftover, f"compile left {sorted(leftover)} beside its folder"
+
+
+def check_artifact(subject: Subject) -> None:
+    """Every file that was written is described, with its size and hash; there is at least one."""
+    found = Artifact.gather(subject.folder)
+    assert found.files, "compile wrote no file"
+    assert subject.artifact == found, f"described are {subject.artifact.files}, but there are {found.files}"
+
+
+def check_frozen(subject: Subject) -> None:
+    """Settings are a frozen dataclass whose fields are knobs with defaults."""
+    backend: Any = subject.backend
+    assert dataclasses.is_dataclass(backend), f"{backend.name} must be a dataclass"
+    for field in dataclasses.fields(backend):
+        assert field.default is not dataclasses.MISSING, f"the knob {field.name!r} needs a default"
+        kinds = (bool, int, float, str, type(None))
+        assert isinstance(field.default, kinds), f"the knob {field.name!r} must be plain data"
+        try:
+            setattr(backend, field.name, field.default)
+        except dataclasses.FrozenInstanceError:
+            continue
+        raise AssertionError(f"the knob {field.name!r} can be set: the dataclass must be frozen")
+
+
+def check_json(subject: Subject) -> None:
+    """Settings come back from their JSON equal and with the same hash; an unknown knob is refused."""
+    kind = type(subject.backend)
+    for backend in (subject.backend, *kind.choices(subject.original, Machine.look())):
+        again = plugin_from_json(kind, json.loads(json.dumps(backend.to_json())))
+        assert again == backend, f"{backend} came back from its JSON as {again}"
+        assert hash(again) == hash(backend), f"{backend} came back from its JSON with another hash"
+    try:
+        plugin_from_json(kind, {"name": subject.backend.name, "no_such_knob": 1})
+    except BrokenPluginError:
+        return
+    raise AssertionError("an unknown knob was taken")
+
+
+def check_choices(subject: Subject) -> None:
+    """The settings worth trying start with the defaults, hold none twice, and none that is refused here."""
+    kind, machine = type(subject.backend), Machine.look()
+    choices = list(kind.choices(subject.original, machine))
+    assert choices, "there must be at least one choice, the defaults"
+    assert choices[0] == kind(), f"the first choice must be the defaults, but is {choices[0]}"
+    assert all(type(c) is kind for c in choices), f"choices must be of {kind.__name__}"
+    twice = [str(c) for i, c in enumerate(choices) if c in choices[:i]]
+    assert not twice, f"these choices come twice: {twice}"
+    for choice in choices:
+        refusal = choice.refuse(subject.given, machine)
+        assert refusal is None, f"{choice} is a choice, but is refused here: {refusal}"
+
+
+def check_refusal(subject: Subject) -> None:
+    """Asked while planning, with the original in whatever form, `refuse` answers rather than raises."""
+    for model in (subject.original, subject.given):
+        answer = subject.backend.refuse(model, Machine.look())
+        assert answer is None or isinstance(answer, RefusalError), f"refuse gave {answer!r}"
+
+
+def check_declared(subject: Subject) -> None:
+    """The class is named like its file, and says what it takes and needs."""
+    kind = type(subject.backend)
+    assert kind.takes, "takes must name at least one form"
+    assert all(isinstance(form, Form) for form in kind.takes), f"takes must hold forms, but is {kind.takes}"
+    assert isinstance(kind.needs, tuple), f"needs must be a tuple of import names, but is {kind.needs!r}"
+    stem = kind.__module__.rpartition(".")[2]
+    assert snake(kind.__name__) == stem, f"{kind.__name__} must lie in {snake(kind.__name__)}.py, not {stem}.py"
+
+
+def check_lean_import(subject: Subject) -> None:
+    """Importing the backend's file brings none of the heavy libraries: the runtime must start at once."""
+    code = f"import sys, {type(subject.backend).__module__}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split(), f"importing it also imports {done.stdout.split()}; import those inside methods"
+
+
+Check = Callable[[Subject], None]
+CHECKS: tuple[Check, ...] = (
+    check_parity,
+    check_fresh_process,
+    check_ready,
+    check_inputs,
+    check_model_is_unchanged,
+    check_artifact,
+    check_frozen,
+    check_json,
+    check_choices,
+    check_refusal,
+    check_declared,
+    check_lean_import,
+)
+
+
+def _ensure_close(subject: Subject, expected: Sequence[Array], got: Sequence[Array]) -> None:
+    ports = subject.signature.outputs
+    assert len(got) == len(ports), f"{len(got)} outputs came, but {len(ports)} are in the signature"
+    for port, want, have in zip(ports, expected, got, strict=True):
+        assert port.fits(have), f"{port} was answered with {have.dtype}{have.shape}"
+        assert have.shape == want.shape, f"{port.name} has shape {have.shape}, but the original's is {want.shape}"
+        wide = want.astype(np.float64)
+        off = float(np.abs(have.astype(np.float64) - wide).max(initial=0.0))
+        allowed = TOLERANCE * max(float(np.abs(wide).max(initial=0.0)), 1e-6) if want.dtype.kind == "f" else 0.0
+        assert off <= allowed, f"{port.name} is off by {off:.3g}; {allowed:.3g} is allowed"
+
+
+def _fingerprint(model: Model) -> Any:
+    """What must not change when a model is compiled."""
+    if model.form in (Form.ONNX, Form.OPENVINO):
+        return Artifact.gather(Path(model.content).parent)
+    state = {k: to_numpy(v).tobytes() for k, v in model.content.state_dict().items()}
+    return state, model.content.training if model.form is Form.TORCH else None
+
+
+# --- the models -------------------------------------------------------------------------------------------------
+
+Given = tuple[Any, Any]  # a torch module, and data as `accelerate` takes it
+
+
+def _floats(*shape: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def image() -> Given:
+    """Convolutions with batch norm; one input, one output."""
+    from torch import nn, random
+
+    with random.fork_rng(devices=()):
+        random.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
+            nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
+        )  # fmt: skip
+    return model.eval(), _floats(40, 1, 8, 8)
+
+
+def two_inputs() -> Given:
+    """Two inputs by name, a dict of two outputs, and weights that are shared."""
+    import torch
+    from torch import nn
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(4, 6), nn.Linear(6, 6)
+            self.again = self.right
+
+        def forward(self, a: Any, b: Any) -> dict[str, Any]:
+            mixed = torch.relu(self.left(a)) + self.right(b)
+            return {"mixed": self.again(mixed), "norm": mixed.square().sum(1)}
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return Pair().eval(), {"a": _floats(40, 4), "b": _floats(40, 6, seed=1)}
+
+
+def recurrent() -> Given:
+    """An LSTM; a tuple of two outputs."""
+    import torch
+    from torch import nn
+
+    class Reader(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 2)
+
+        def forward(self, x: Any) -> tuple[Any, Any]:
+            states, _ = self.lstm(x)
+            return self.head(states[:, -1]), states
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return Reader().eval(), _floats(40, 7, 3)
+
+
+def tokens() -> Given:
+    """Whole numbers of several lengths with a mask; an answer with named fields."""
+    import torch
+    from torch import nn
+
+    @dataclass
+    class Answer:
+        logits: Any
+        state: Any
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.q, self.v = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 16)
+            self.head = nn.Linear(16, 3)
+
+        def forward(self, input_ids: Any, attention_mask: Any) -> Answer:
+            x = self.embed(input_ids)
+            weights = self.q(x) @ x.transpose(1, 2) / 4 + (1.0 - attention_mask[:, None].to(x.dtype)) * -1e4
+            state = torch.softmax(weights, -1) @ self.v(x)
+            return Answer(self.head(state.mean(1)), state)
+
+    def batch(length: int) -> dict[str, Array]:
+        rng = np.random.default_rng(length)
+        mask = np.arange(length)[None] < rng.integers(2, length + 1, (20, 1))
+        return {"input_ids": rng.integers(0, 50, (20, length)), "attention_mask": mask.astype(np.int64)}
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return Attends().eval(), [batch(n) for n in (6, 9, 12)]
+
+
+def writer() -> Given:
+    """A model that writes into its input."""
+    import torch
+    from torch import nn
+
+    class Writes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Any) -> Any:
+            x.mul_(0.5)
+            return self.layer(x)
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return Writes().eval(), _floats(40, 4)
+
+
+CASES: dict[str, Callable[[], Given]] = {case.__name__: case for case in (image, two_inputs, recurrent, tokens, writer)}
