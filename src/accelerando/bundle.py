@@ -37,9 +37,7 @@ from accelerando.trial import Trial
 SCHEMA = law.SCHEMA
 PROFILE_BYTES = 64 * 2**20
 JOURNAL_BYTES = 2**30
-TRIAL = Open(
-    {"recipe": {"steps": [law.PARTS], "backend": law.PARTS}, "seconds": Number(0, 1e9, float), "log": [str]}
-)
+TRIAL = Open({"recipe": {"steps": [law.PARTS], "backend": law.PARTS}, "seconds": Number(0, 1e9, float), "log": [str]})
 OUTCOMES = {
     "verified": {"artifact": [law.FILE], "evidence": law.EVIDENCE},
     "refused": {"reason": str, "detail": str, "evidence": Maybe(law.EVIDENCE)},

@@ -82,9 +82,7 @@ def check_files(root: Path, folder: str, files: Sequence[File], *, hashes: bool,
             inner = path.relative_to(root / folder).as_posix()
             join(root, f"{folder}/{inner}")
             if inner not in known and not path.is_dir():
-                raise BundleError(
-                    "unlisted", f"{path} is not in the manifest, and a backend might read it; remove it"
-                )
+                raise BundleError("unlisted", f"{path} is not in the manifest, and a backend might read it; remove it")
 
 
 def write_file(path: Path, content: bytes) -> None:

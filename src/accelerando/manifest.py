@@ -114,9 +114,7 @@ def unseal(text: bytes) -> dict[str, Any]:
     _check_rungs(data)
     for name in ("parity", "profile"):
         if data[name] is not None and not is_extra(data[name]["path"]):
-            raise BundleError(
-                "path", f"manifest.{name}.path must be {name}-<12 digits>.*, at the top of the bundle"
-            )
+            raise BundleError("path", f"manifest.{name}.path must be {name}-<12 digits>.*, at the top of the bundle")
     return data
 
 
@@ -221,9 +219,7 @@ def evidence_from_json(data: dict[str, Any]) -> Evidence:
     """
     for name, array in data.items():
         if isinstance(array, dict) and math.prod(array["shape"]) > ARRAY_NUMBERS:
-            raise BundleError(
-                "evidence", f"{name} is said to be {array['shape']}, more than {ARRAY_NUMBERS} numbers"
-            )
+            raise BundleError("evidence", f"{name} is said to be {array['shape']}, more than {ARRAY_NUMBERS} numbers")
     try:
         evidence = Evidence.from_json(data)
         rounds, scores = evidence.rounds, evidence.scores
@@ -286,9 +282,7 @@ def signature_from_json(data: dict[str, Any]) -> Signature:
     ):
         leaves = sorted(leaf for tree in trees for leaf in _leaves(tree))
         if leaves != list(range(len(ports))) or not ports:
-            raise BundleError(
-                "signature", f"{name} must hold each of {len(ports)} ports once, but holds {leaves[:20]}"
-            )
+            raise BundleError("signature", f"{name} must hold each of {len(ports)} ports once, but holds {leaves[:20]}")
     if data["positional"] > len(data["arguments"]):
         raise BundleError("signature", f"{data['positional']} arguments are positional of {len(data['arguments'])}")
     if any(isinstance(axis, int) and axis < 0 for p in (*data["inputs"], *data["outputs"]) for axis in p["shape"]):

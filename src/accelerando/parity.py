@@ -95,9 +95,7 @@ class Parity:
         except (ValueError, zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError, MemoryError) as error:
             raise BundleError("parity", f"parity.npz does not hold plain arrays: {error}") from error
         if any(sorted(group) != list(range(len(group))) for group in groups.values()) or not groups.get("input"):
-            raise BundleError(
-                "parity", "parity.npz must hold input_0, input_1, ... without a gap; so of the outputs"
-            )
+            raise BundleError("parity", "parity.npz must hold input_0, input_1, ... without a gap; so of the outputs")
         rows = {name: tuple(group[i] for i in sorted(group)) for name, group in groups.items()}
         return cls(rows.pop("input"), rows.pop("original", ()), rows)
 

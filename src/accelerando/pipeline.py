@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,9 @@ from accelerando.plugins import discover
 from accelerando.recipe import Recipe
 from accelerando.report.progress import Progress, Quiet, Watcher
 from accelerando.result import Result
-from accelerando.search.proposal import ask, leader
-from accelerando.search.grounds import attempt
 from accelerando.search.budget import Budget
+from accelerando.search.grounds import attempt
+from accelerando.search.proposal import ask, leader
 from accelerando.search.site import Site
 from accelerando.search.space import Space
 from accelerando.trial import Refused, Trial
@@ -70,6 +71,8 @@ def accelerate(
     asked, allowance = Goal.parse(goal, prefer), Budget.parse(budget)
     workload, machine = Workload.adopt(model, data, train=train, metric=metric), Machine.look()
     asked.check(workload.metric)
+    if (fixed := workload.fixed_batch) is not None:
+        asked = replace(asked, batch=fixed)
     space = Space.plan(workload.model, machine, discover("techniques"), discover("backends"))
     watcher = _watcher(progress, allowance)
     with Site(into, workload, machine, asked, allowance, space.original, memory_limit, origin) as site, watcher:

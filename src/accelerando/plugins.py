@@ -188,7 +188,5 @@ def _class_of(module_name: str, kind: str) -> type[Any]:
     ]
     if [snake(c.__name__) for c in classes] != [stem]:
         names = ", ".join(c.__name__ for c in classes) or "none"
-        raise BrokenPluginError(
-            f"{module_name} must hold one concrete class named like its file, but holds: {names}"
-        )
+        raise BrokenPluginError(f"{module_name} must hold one concrete class named like its file, but holds: {names}")
     return classes[0]

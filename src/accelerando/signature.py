@@ -88,6 +88,12 @@ class Signature:
     arguments: Node
     result: Node
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The one batch size that the model takes, or None where any will do."""
+        size = self.inputs[0].shape[0]
+        return size if isinstance(size, int) else None
+
     def bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
         """The flat leaves of one call, in the order of `inputs`, as they were given (arrays or tensors).
 

@@ -145,9 +145,7 @@ def _object(value: Any, schema: dict[str, Any] | Open, where: str) -> None:
     if missing := [k for k in fields if k not in value]:
         raise BundleError("field", f"{where}.{missing[0]} is missing, but must be there")
     if isinstance(schema, dict) and (unknown := [k for k in value if k not in fields]):
-        raise BundleError(
-            "field", f"{where}.{unknown[0][:80]} is not a field of this schema; {', '.join(fields)} are"
-        )
+        raise BundleError("field", f"{where}.{unknown[0][:80]} is not a field of this schema; {', '.join(fields)} are")
     for key, inner in fields.items():
         check(value[key], inner, f"{where}.{key}")
 

@@ -190,6 +190,11 @@ class Workload:
         digest = _digest(ready, chosen, calibrate, select, certify)
         return cls(ready, chosen, calibrate, select, certify, train_rows, tuple(notes), digest)
 
+    @property
+    def fixed_batch(self) -> int | None:
+        """The one batch size that the model takes, or None where any will do."""
+        return self.model.signature.fixed_batch
+
     def __str__(self) -> str:
         return (
             f"{self.model.form.value} model, {len(self.select)} samples to select on and "

@@ -19,6 +19,8 @@ from accelerando.interval import Interval, median_interval
 from accelerando.machine import Machine
 from accelerando.profile.layers import call_seconds
 
+Route = tuple[str, float, Callable[[], Any]]  # its name, the operations or bytes of one call, and the call
+
 LEAST_REPEATS = 5
 SIZES = (1024, 512, 256)  # of a square product: the largest that leaves time for the repeats
 LARGE = 512 * 2**20  # bytes for the memory's own speed, at most
@@ -125,16 +127,16 @@ def _threads(count: int) -> Iterator[None]:
 
 def _best(what: str, threads: int, machine: Machine, seconds: float) -> Ceiling | None:
     """The fastest route to one roof."""
-    routes = {
+    plans: dict[str, Callable[[], Iterator[Route]]] = {
         "float32": lambda: _products("float32", threads, seconds),
         "int8": lambda: _products("int8", threads, seconds),
         "memory": lambda: _moves(min(LARGE, max(4 * _last_cache(machine), 64 * 2**20), machine.memory_bytes // 8)),
         "cache": lambda: _moves(dict(machine.caches).get("L2", SMALL) * threads // 2),
         "call": _starts,
         "node": lambda: _node_starts(threads),
-    }[what]()
+    }
     best: Ceiling | None = None
-    for by, amount, run in routes:
+    for by, amount, run in plans[what]():
         taken = call_seconds(run, seconds / 3, LEAST_REPEATS)
         rates = amount / taken
         if best is None or rates.max() > best.best:
@@ -146,7 +148,7 @@ def _last_cache(machine: Machine) -> int:
     return max((size for _, size in machine.caches), default=32 * 2**20)
 
 
-def _products(kind: str, threads: int, seconds: float) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+def _products(kind: str, threads: int, seconds: float) -> Iterator[Route]:
     """Square products: name, operations, and the call."""
     for by, make in (("torch", _torch_product), ("ONNX Runtime", _onnx_product)):
         try:
@@ -204,7 +206,7 @@ def _session(graph: Any, threads: int) -> Any:
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def _moves(size: int) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+def _moves(size: int) -> Iterator[Route]:
     """Copy, triad and sum over `size` bytes in all, repeated where that is little: name, bytes, call."""
     import torch
 
@@ -224,7 +226,7 @@ def _moves(size: int) -> Iterator[tuple[str, float, Callable[[], Any]]]:
     yield "sum", 8.0 * half * repeats, repeated(lambda: (a.sum(), b.sum()))
 
 
-def _starts() -> Iterator[tuple[str, float, Callable[[], Any]]]:
+def _starts() -> Iterator[Route]:
     """What it costs to start an operation that has nothing to do: a linear layer of one number."""
     import torch
 
@@ -238,7 +240,7 @@ def _starts() -> Iterator[tuple[str, float, Callable[[], Any]]]:
     yield "torch", 100.0, run
 
 
-def _node_starts(threads: int) -> Iterator[tuple[str, float, Callable[[], Any]]]:
+def _node_starts(threads: int) -> Iterator[Route]:
     """The same for ONNX Runtime: a chain of nodes on one number, none of which can be fused or left out."""
     try:
         import onnx

@@ -48,12 +48,20 @@ class Profile:
 
     @classmethod
     def take(
-        cls, model: Model, samples: Samples, machine: Machine, *, seconds: float = 20.0, batch: int = 1
+        cls,
+        model: Model,
+        samples: Samples,
+        machine: Machine,
+        *,
+        seconds: float = 20.0,
+        batch: int = 1,
+        ceilings: Ceilings | None = None,
     ) -> Profile:
         """Profile a model on some rows, in about this many seconds.
 
         The model is only called; hooks are taken off again, also after an error.  A call that is longer than a
-        tenth of `seconds` is still timed three times.
+        tenth of `seconds` is still timed three times.  `ceilings` that were measured before, on this machine, save
+        measuring them again.
 
         Raises:
             UsageError: `seconds` or `batch` is not positive, or there are no samples.
@@ -69,7 +77,7 @@ class Profile:
         subject, name = _subject(model, samples)
         fixed = model.signature.inputs[0].shape[0]
         batch = fixed if isinstance(fixed, int) else batch
-        ceilings = Ceilings.measure(machine, CEILINGS_SHARE * seconds)
+        ceilings = ceilings or Ceilings.measure(machine, CEILINGS_SHARE * seconds)
         look = subject.look(batch, LOOK_SHARE * seconds)
         left = max(seconds - (perf_counter() - begin), GROWTH_LEAST * seconds)
         growth = None if isinstance(fixed, int) else Growth.measure(subject, machine, left)

@@ -80,18 +80,15 @@ def certify(
                 waiting = waiting[1:]
     rungs = list(done.rungs.values())
     best = best or max(rungs, key=lambda r: goal.merit(r.evidence))
-    climbed = Ladder.of(rungs, original)
-    if best.recipe.key not in {r.recipe.key for r in climbed.rungs}:
-        climbed = _with(climbed, best)
-    return climbed, best, done
+    return Ladder.of(rungs, original, keep=best.recipe), best, done
 
 
 def uncertified(history: Sequence[Trial], original: Recipe, goal: Goal) -> tuple[Ladder, Rung]:
     """The ladder and the best as the search has them so far: what an interrupt leaves."""
     verified = {t.recipe.key: t for t in history if t.verified}
-    ladder = Ladder.climb(list(verified.values()), original)
-    best = max(ladder.rungs, key=lambda r: goal.merit(r.evidence))
-    return ladder, best
+    best = max(verified.values(), key=lambda t: goal.merit(t.evidence))  # type: ignore[arg-type]
+    ladder = Ladder.climb(list(verified.values()), original, keep=best.recipe)
+    return ladder, ladder.rungs[ladder.best(goal.merit)]
 
 
 def _certify(
@@ -124,14 +121,3 @@ def _effort(goal: Goal, seconds: float) -> Effort:
 
 def _unique(trials: Sequence[Trial]) -> list[Trial]:
     return list({t.recipe.key: t for t in trials}.values())
-
-
-def _with(ladder: Ladder, rung: Rung) -> Ladder:
-    """The ladder with the best rung in it, in the place of whatever is not clearly told from it in speed."""
-    apart = [
-        r
-        for i, r in enumerate(ladder.rungs)
-        if i == 0 or r.evidence.clearly_faster_than(rung.evidence) or rung.evidence.clearly_faster_than(r.evidence)
-    ]
-    first, rest = apart[0], [*apart[1:], rung]
-    return Ladder((first, *sorted(rest, key=lambda r: r.evidence.speedup.mid)))

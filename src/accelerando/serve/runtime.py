@@ -74,15 +74,11 @@ class FastModel:
         self.note = note
         self._runner: Runner | None = runner
         signature = bundle.signature
-        inputs = signature.inputs
-        self._simple = len(inputs) == 1 and list(signature.arguments.values())[:1] == [{"leaf": 0}]
+        self._slots = [_Slot(port) for port in signature.inputs]
+        leaves = {name: node["leaf"] for name, node in signature.arguments.items() if node.keys() == {"leaf"}}
+        self._flat = leaves if len(leaves) == len(signature.inputs) else {}  # parameter -> input; else `bind` it
+        self._only = self._slots[0] if list(signature.arguments.values()) == [{"leaf": 0}] else None
         self._bare = signature.result == {"leaf": 0}
-        self._dtype = np.dtype(inputs[0].dtype)
-        self._rank = len(inputs[0].shape)
-        # what the last axes must be for the fast path, and from which axis on; None where one of them may change
-        fixed = [i for i in range(self._rank + 1) if all(isinstance(a, int) for a in inputs[0].shape[i:])]
-        self._from = fixed[0] if fixed and fixed[0] <= 1 else None
-        self._tail = inputs[0].shape[self._from :] if self._from is not None else None
 
     @property
     def rung(self) -> Rung:
@@ -111,34 +107,37 @@ class FastModel:
             DataError: the arguments are not those of the model, or of other types or shapes.
             UsageError: it was closed.
         """
-        if self._simple and not kwargs and len(args) == 1 and self._runner is not None:
-            array = args[0]
-            if (
-                type(array) is np.ndarray
-                and array.dtype == self._dtype
-                and self._from is not None
-                and array.ndim == self._rank
-                and array.shape[self._from :] == self._tail
-                and array.flags.c_contiguous
-            ):
-                leaves = self._runner(args)
-                return leaves[0] if self._bare else self.bundle.signature.answer(leaves)
+        if self._only and not kwargs and len(args) == 1 and self._runner is not None and self._only.takes(args[0]):
+            leaves = self._runner(args)
+            return leaves[0] if self._bare else self.bundle.signature.answer(leaves)
         return self._careful(args, kwargs)
 
-    def _careful(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _careful(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of any structure: bound, cast, checked."""
         if self._runner is None:
             raise UsageError("the model was closed; load it again")
         signature = self.bundle.signature
-        given = signature.bind(args, kwargs)
-        leaves = [fit(value, port) for value, port in zip(given, signature.inputs, strict=True)]
-        check_axes(leaves, signature.inputs)
-        answers: list[Any] = list(self._runner(leaves))
+        given = self._bind_flat(args, kwargs) or signature.bind(args, kwargs)
         torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
-        tensors = [x for x in given if torch is not None and isinstance(x, torch.Tensor)]
+        tensors = [x for x in given if isinstance(x, torch.Tensor)] if torch else []
+        arrays = [_array(torch, x) for x in given] if tensors else given
+        leaves = [x if s.takes(x) else fit(x, s.port) for x, s in zip(arrays, self._slots, strict=True)]
+        check_axes(leaves, signature.inputs)
+        answers: list[Any] = self._runner(leaves)
         if tensors:
             answers = [_tensor(torch, x, tensors[0].device) for x in answers]
-        return signature.answer(answers)
+        return answers[0] if self._bare else signature.answer(answers)
+
+    def _bind_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
+        """The leaves of a call in which every argument is one array; None where that is not so."""
+        if args:
+            kwargs = {**dict(zip(self.bundle.signature.parameters, args, strict=False)), **kwargs}
+        if len(kwargs) != len(self._slots) or len(args) > len(kwargs) or kwargs.keys() != self._flat.keys():
+            return None
+        leaves: list[Any] = [None] * len(kwargs)
+        for name, index in self._flat.items():
+            leaves[index] = kwargs[name]
+        return leaves if all(hasattr(x, "shape") for x in leaves) else None
 
     def close(self) -> None:
         """Give back what the backend holds; calls after it raise UsageError."""
@@ -212,6 +211,30 @@ def _differences(bundle: Bundle, rung: Rung) -> list[str]:
 # --- what goes in and comes out ---------------------------------------------------------------------------------
 
 
+class _Slot:
+    """What an input must be, prepared for a quick yes."""
+
+    def __init__(self, port: Port) -> None:
+        self.port = port
+        self.dtype = np.dtype(port.dtype)
+        self.rank = len(port.shape)
+        fixed = [i for i in range(self.rank + 1) if all(isinstance(axis, int) for axis in port.shape[i:])]
+        self.start = fixed[0]  # from this axis on all are fixed
+        self.tail = port.shape[self.start :]
+        self.rest = [(i, axis) for i, axis in enumerate(port.shape[: self.start]) if isinstance(axis, int)]
+
+    def takes(self, array: Any) -> bool:
+        """Whether it can go in as it is; where not, `fit` makes it so or says why not."""
+        return (
+            type(array) is np.ndarray
+            and array.dtype == self.dtype
+            and array.ndim == self.rank
+            and array.shape[self.start :] == self.tail
+            and (not self.rest or all(array.shape[i] == axis for i, axis in self.rest))
+            and array.flags.c_contiguous
+        )
+
+
 def fit(value: Any, port: Port) -> Array:
     """An input as the model takes it: an array of the port's dtype and shape, contiguous.
 
@@ -224,9 +247,7 @@ def fit(value: Any, port: Port) -> Array:
     if not port.fits(array):
         hint = ""
         if array.ndim == len(port.shape) and isinstance(port.shape[0], int) and len(array) != port.shape[0]:
-            hint = (
-                f"; it was exported for batches of {port.shape[0]} rows and takes no others: split or pad the batch"
-            )
+            hint = f"; it was exported for batches of {port.shape[0]} rows and takes no others: split or pad the batch"
         elif array.ndim == len(port.shape) - 1:
             hint = "; axis 0 is the batch: a single sample goes in as x[None]"
         raise DataError(f"an input of shape {array.shape} was given, but the model takes {port}{hint}")
@@ -262,6 +283,14 @@ def check_axes(leaves: Sequence[Array], ports: Sequence[Port]) -> None:
                     raise DataError(
                         f"{axis} is {known} in {where!r}, but {length} in {port.name!r}; they must be the same"
                     )
+
+
+def _array(torch: Any, value: Any) -> Any:
+    """The array of a tensor, without a copy where it lies in main memory."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    value = value.detach().cpu()
+    return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
 
 
 def _tensor(torch: Any, array: Array, device: Any) -> Any:
