@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from accelerando.adoption import adopt
 from accelerando.errors import DataError, Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.measure.arm import Arm, Subject, open_samples, save_samples, timed_batches
@@ -18,7 +19,7 @@ from accelerando.measure.child import Child
 from accelerando.measure.rounds import Effort
 from accelerando.plugins import find
 from accelerando.recipe import Recipe
-from accelerando.workload import Chunk, Model, Samples, Workload
+from accelerando.workload import Chunk, Model, Samples
 
 QUICK = Effort(least=8, most=16, block_seconds=0.03)
 
@@ -125,7 +126,7 @@ def test_timed_batches_have_the_size_that_is_asked_for_also_with_few_rows() -> N
 
 @pytest.fixture
 def bench(toys: None, onnx_model: Path, labelled: tuple[np.ndarray, np.ndarray], tmp_path: Path):  # type: ignore[no-untyped-def]
-    workload = Workload.adopt(str(onnx_model), labelled, metric="accuracy")
+    workload = adopt(str(onnx_model), labelled, metric="accuracy")
     for split in ("select", "certify"):
         save_samples(getattr(workload, split), tmp_path / "data" / split)
     original = subject(workload.model, tmp_path)

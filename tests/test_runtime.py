@@ -184,6 +184,12 @@ def test_a_wrong_call_is_told_in_one_message(fast: FastModel, words: FastModel) 
         words(IDS, MASK, token=X)
     with pytest.raises(DataError, match="2 arguments were given"):
         fast(X, X)
+    with pytest.raises(DataError, match="'x' was given twice"):
+        fast(X, x=X)
+    with pytest.raises(DataError, match="'ids' was given twice"):
+        words(IDS, ids=IDS)
+    with pytest.raises(DataError, match="'ids' is a NoneType"):
+        words(None, MASK)
     with pytest.raises(DataError, match="length is 3 in 'ids', but 2 in 'mask'"):
         words(IDS, MASK[:, :2])
     with pytest.raises(DataError, match="batch is 2 in 'ids', but 1 in 'mask'"):

@@ -89,13 +89,13 @@ def profile(
 ) -> None:
     """Show where time and memory go, and the ceiling of this machine."""
     _need("torch", "onnx")
+    from accelerando.adoption import adopt
     from accelerando.machine import Machine
     from accelerando.profile.portrait import Profile
     from accelerando.report import profile_text
     from accelerando.targets import read_data, read_model
-    from accelerando.workload import Workload
 
-    workload = Workload.adopt(read_model(model), read_data(data))
+    workload = adopt(read_model(model), read_data(data))
     taken = Profile.take(workload.model, workload.select, Machine.look(), seconds=seconds)
     typer.echo(profile_text.render(taken.to_json()))
 
@@ -134,7 +134,9 @@ def bench(
     original = call_target(origin) if origin and (model or Path(origin.partition(":")[0]).exists()) else None
     reference = reference_of(opened, original)
     if not reference.is_original:
-        _say(f"the original's code is not at hand (--model FILE:FUNCTION): against {words.recipe(reference.rung.recipe)}")
+        _say(
+            f"the original's code is not at hand (--model FILE:FUNCTION): against {words.recipe(reference.rung.recipe)}"
+        )
     for one in bench_again(opened, reference):
         if one.speedup is None or one.latency is None:
             _say(f"{words.recipe(one.rung.recipe)}: {one.refusal}")
@@ -166,32 +168,28 @@ def run(
     import numpy as np
 
     from accelerando.serve.runtime import load
-    from accelerando.signature import flatten, to_numpy
-    from accelerando.targets import read_npz
+    from accelerando.signature import flatten
+    from accelerando.targets import match_names, read_npz
 
     arrays = read_npz(inputs)
     with warnings.catch_warnings(record=True) as said, load(bundle) as fast:
-        names = [p.name for p in fast.bundle.signature.inputs]
-        if unknown := arrays.keys() - set(names):
-            if len(arrays) != 1 or len(names) != 1:
-                raise UsageError(f"{inputs} holds {sorted(unknown)[0]!r}, but the model takes {', '.join(names)}")
-            arrays = {names[0]: next(iter(arrays.values()))}
-        if missing := [n for n in names if n not in arrays]:
-            raise UsageError(f"{inputs} does not hold {missing[0]!r}; the model takes {', '.join(names)}")
-        leaves, _ = flatten(fast.answer([arrays[n] for n in names]))
-        outputs = [to_numpy(x) for x in leaves]
+        signature = fast.bundle.signature
+        leaves = match_names(arrays, [p.name for p in signature.inputs], str(inputs))
+        args, kwargs = signature.call(leaves)
+        outputs, _ = flatten(fast(*args, **kwargs))
     for warning in said:
         _say(str(warning.message))
-    np.savez(out, **{p.name: x for p, x in zip(fast.bundle.signature.outputs, outputs, strict=True)})
+    named: dict[str, Any] = {p.name: x for p, x in zip(signature.outputs, outputs, strict=True)}
+    np.savez(out, **named)
     _say(f"{len(outputs[0])} answers in {out}")
 
 
 @app.command()
 def doctor() -> None:
     """Show this machine, the backends and techniques found, what is missing, and how to get it."""
-    from accelerando.report import health
+    from accelerando.doctor import show
 
-    typer.echo(health.render(), nl=False)
+    show()
 
 
 def _metric(name: str | None) -> Any:

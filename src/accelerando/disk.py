@@ -114,7 +114,10 @@ def _size(path: Path, absent: str) -> int:
     try:
         found = path.stat()
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise BundleError(absent, f"{path} is not there; copy the bundle again, or give another folder") from error
+        wrong = f"{path.parent} is not a bundle: there is no {path.name} in it; give the folder that holds one"
+        if absent != "not-a-bundle":
+            wrong = f"{path} is not there, but the manifest names it; copy the bundle again"
+        raise BundleError(absent, wrong) from error
     except OSError as error:
         raise BundleError("link", f"{path} can't be followed: {error.strerror}") from error
     if not stat.S_ISREG(found.st_mode):

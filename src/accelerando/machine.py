@@ -117,7 +117,10 @@ class Machine:
         )
 
     def __str__(self) -> str:
-        return f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB, {' '.join(self.isa) or 'no SIMD found'}"
+        return (
+            f"{self.cpu}, {self.cores} cores, {self.memory_bytes / 2**30:.0f} GiB, "
+            f"{' '.join(self.isa) or 'no SIMD found'}"
+        )
 
 
 def installed_version(package: str) -> str | None:

@@ -33,7 +33,7 @@ FILES = 10_000  # of one rung
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # no text may hold it, for it is printed to terminals
-LINE = Text(10_000, CONTROL.replace("[", "[^") + "*")
+LINE = Text(10_000, CONTROL.replace("[", "[^") + "*", "text without control characters")
 NAME = Text(200, r"[A-Za-z_][A-Za-z0-9_]*")
 KEY = Text(12, "[0-9a-f]{12}")
 HASH = Text(64, "[0-9a-f]{64}")
@@ -151,7 +151,8 @@ def check_paths(paths: Iterable[str], where: str) -> None:
     for path in paths:
         parts = path.split("/")
         wrong = (
-            "be relative, with / between its parts" if path.startswith("/") or re.search(r'[\\:*?"<>|\n\t]', path)
+            "be relative, with / between its parts and no special characters"
+            if path.startswith("/") or re.search(r'[\\:*?"<>|\n\t]', path)
             else "have no empty, . or .. part" if any(p in ("", ".", "..") for p in parts)
             else "have no part that ends in a dot or a space" if any(p[-1] in ". " for p in parts)
             else "hold no name that a system reserves" if any(p.split(".")[0].lower() in RESERVED for p in parts)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from accelerando.adoption import adopt
 from accelerando.errors import ModelError
 from accelerando.goal import Goal
 from accelerando.machine import Machine
@@ -22,7 +23,6 @@ from accelerando.search.proposal import ask, leader
 from accelerando.search.site import Site
 from accelerando.search.space import Space
 from accelerando.trial import Refused, Trial
-from accelerando.workload import Workload
 
 
 def accelerate(
@@ -69,7 +69,7 @@ def accelerate(
         BundleError: the folder holds something else.
     """
     asked, allowance = Goal.parse(goal, prefer), Budget.parse(budget)
-    workload, machine = Workload.adopt(model, data, train=train, metric=metric), Machine.look()
+    workload, machine = adopt(model, data, train=train, metric=metric), Machine.look()
     asked.check(workload.metric)
     if (fixed := workload.fixed_batch) is not None:
         asked = replace(asked, batch=fixed)

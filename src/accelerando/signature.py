@@ -111,9 +111,7 @@ class Signature:
             if name in given:
                 _fill(node, given.pop(name), slots, name)
             elif any(True for _ in _leaves(node)):
-                raise DataError(
-                    f"the argument {name!r} is missing; the model takes {', '.join(map(str, self.inputs))}"
-                )
+                raise DataError(f"the argument {name!r} is missing; the model takes {', '.join(map(str, self.inputs))}")
         if unknown := [name for name, value in given.items() if value is not None]:
             raise DataError(
                 f"the argument {unknown[0]!r} was not there when the model was optimized, which takes "
@@ -262,9 +260,7 @@ def _fill(node: Node, value: Any, slots: list[Any], where: str) -> None:
         case {"const": constant}:
             same = constant == value or (isinstance(constant, float) and math.isnan(constant))
             if not same and value is not None:
-                raise DataError(
-                    f"{where!r} was {constant!r} when the model was optimized and can't become {value!r}"
-                )
+                raise DataError(f"{where!r} was {constant!r} when the model was optimized and can't become {value!r}")
         case {"tuple": items} | {"list": items} if isinstance(value, (tuple, list)) and len(value) == len(items):
             for i, (item, part) in enumerate(zip(items, value, strict=True)):
                 _fill(item, part, slots, f"{where}[{i}]")

@@ -34,10 +34,11 @@ NAMES = {str: "a string", int: "a whole number", float: "a number", bool: "true 
 
 @dataclass(frozen=True)
 class Text:
-    """A string of at most `most` characters that matches a pattern as a whole."""
+    """A string of at most `most` characters that matches a pattern as a whole; `what` says the pattern in words."""
 
     most: int = 10_000
     pattern: str = r"(?s).*"
+    what: str = ""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,12 @@ def check(value: Any, schema: Any, where: str) -> None:
         case Text():
             _need(isinstance(value, str), value, where, "a string")
             _need(len(value) <= schema.most, value, where, f"at most {schema.most} characters")
-            _need(re.fullmatch(schema.pattern, value) is not None, value, where, f"text like {schema.pattern}")
+            _need(
+                re.fullmatch(schema.pattern, value) is not None,
+                value,
+                where,
+                schema.what or f"text like {schema.pattern}",
+            )
         case Number():
             check(value, schema.kind, where)
             _need(schema.least <= value <= schema.most, value, where, f"between {schema.least} and {schema.most}")

@@ -95,6 +95,21 @@ def read_npz(path: str | Path) -> dict[str, Any]:
     return arrays
 
 
+def match_names(arrays: dict[str, Any], names: list[str], where: str) -> list[Any]:
+    """The arrays in the order of the names; a single array fits a single name, whatever it is called.
+
+    Raises:
+        UsageError: one is missing or unknown.
+    """
+    if len(arrays) == len(names) == 1:
+        return list(arrays.values())
+    if unknown := sorted(arrays.keys() - set(names)):
+        raise UsageError(f"{where} holds {unknown[0]!r}, but the model takes {', '.join(names)}")
+    if missing := [n for n in names if n not in arrays]:
+        raise UsageError(f"{where} does not hold {missing[0]!r}; the model takes {', '.join(names)}")
+    return [arrays[n] for n in names]
+
+
 def _told(error: Exception) -> str:
     """An error of the user's code: its kind, its words, and where."""
     frames = traceback.extract_tb(error.__traceback__)

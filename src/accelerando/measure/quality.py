@@ -22,13 +22,12 @@ def answers(run: Runner, signature: Signature, samples: Samples) -> list[tuple[l
     Raises:
         RefusalError: WRONG_OUTPUT or NOT_FINITE.
     """
-    fixed = signature.inputs[0].shape[0]
-    size = fixed if isinstance(fixed, int) else EVAL_ROWS
+    fixed = signature.fixed_batch
     found = []
-    for batch in samples.batches(size):
+    for batch in samples.batches(fixed or EVAL_ROWS):
         count = len(batch)
         inputs = batch.inputs
-        if isinstance(fixed, int) and count < fixed:
+        if fixed and count < fixed:
             inputs = tuple(np.resize(x, (fixed, *x.shape[1:])) for x in inputs)
         outputs = run(inputs)
         check(outputs, signature, len(inputs[0]))

@@ -133,8 +133,7 @@ class Site:
     def finish(self, history: tuple[Trial, ...], doing: Callable[[Recipe, str], None]) -> Bundle:
         """Certify, profile, and write the bundle for good; the work folder goes."""
         chunk = self.workload.select.chunks[0]
-        fixed = self.workload.model.signature.inputs[0].shape[0]
-        probe = chunk.rows(slice(0, fixed if isinstance(fixed, int) else PROBE_ROWS)).inputs
+        probe = chunk.rows(slice(0, self.workload.fixed_batch or PROBE_ROWS)).inputs
         explored = self.budget.to_explore > 0
         ladder, best, certificate = certify(history, self.original, self.grounds, probe, self.budget, doing)
         for trial in certificate.failed:

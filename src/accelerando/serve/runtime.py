@@ -130,9 +130,11 @@ class FastModel:
 
     def _bind_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
         """The leaves of a call in which every argument is one array; None where that is not so."""
+        if len(args) + len(kwargs) != len(self._slots):
+            return None
         if args:
             kwargs = {**dict(zip(self.bundle.signature.parameters, args, strict=False)), **kwargs}
-        if len(kwargs) != len(self._slots) or len(args) > len(kwargs) or kwargs.keys() != self._flat.keys():
+        if kwargs.keys() != self._flat.keys():
             return None
         leaves: list[Any] = [None] * len(kwargs)
         for name, index in self._flat.items():

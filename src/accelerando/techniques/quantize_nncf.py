@@ -70,9 +70,7 @@ class QuantizeNncf(Technique):
         if not done:
             raise RefusalError(Reason.NOTHING_TO_DO, "NNCF found no layer that it can quantize")
         line = counted(len(done) + len(kept), kept, self.name, f"{self.preset} preset, {len(rows)} rows")
-        return model.changed(
-            Form.OPENVINO, save_openvino(result, folder), line, *not_native(Machine.look(), self.name)
-        )
+        return model.changed(Form.OPENVINO, save_openvino(result, folder), line, *not_native(Machine.look(), self.name))
 
     def _kept(self, path: Path, rows: Samples, signature: Signature) -> list[str]:
         """The layers to leave in float.  Biases stay as they are: their correction would blur the layers' errors."""

@@ -193,7 +193,5 @@ def _answers(graph: Any, rows: Samples, signature: Signature) -> Answers:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
-    session = onnxruntime.InferenceSession(
-        graph.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
+    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [session.run(None, feed) for feed in feeds(rows, signature)]

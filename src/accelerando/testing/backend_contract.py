@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from accelerando.adoption import adopt
 from accelerando.errors import BrokenPluginError, RefusalError
 from accelerando.machine import Machine
 from accelerando.measure.child import Child
@@ -82,7 +83,7 @@ def prepare(kind: type[Backend], case: str, folder: Path, **knobs: Any) -> Subje
         BrokenPluginError: no exact technique gives a form that the backend takes.
     """
     model, data = CASES[case]()
-    workload = Workload.adopt(model, data, metric="cosine")
+    workload = adopt(model, data, metric="cosine")
     backend = kind(**knobs)
     given = _in_form(workload, backend, folder)
     if refusal := backend.refuse(given, Machine.look()):

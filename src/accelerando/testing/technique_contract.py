@@ -1,0 +1,342 @@
+"""What every technique must keep, as checks that anyone can run on a technique of their own.
+
+    from accelerando.testing import technique_contract as contract
+
+    @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda c: c.__name__)
+    def test_contract(check, tmp_path):
+        check(contract.prepare(MyTechnique, tmp_path))
+
+A check raises AssertionError with what was expected and what was found.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from accelerando.adoption import adopt
+from accelerando.errors import BrokenPluginError, Reason, RefusalError
+from accelerando.machine import ISA, Machine
+from accelerando.plugins import discover
+from accelerando.recipe import Artifact, Stage, Technique, plugin_from_json, snake
+from accelerando.signature import Array, to_numpy
+from accelerando.workload import Form, Model, Samples, flat_module
+
+HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "transformers", "sklearn", "pandas")
+TOLERANCE = 1e-3  # of an answer's largest value: float32 in another order stays a hundred times below
+ROWS = (1, 2, 5)
+KNOBS = (bool, int, float, str, type(None))
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A technique, and what it made of a small model.
+
+    Args:
+        technique: at its defaults.
+        original: the torch model.
+        given: the same in the form that the technique takes.
+        made: what the technique made of it.
+        before, after: fingerprints of `given` and the data, from before and after it was applied.
+        strays: files that it left outside of its folder.
+    """
+
+    technique: Technique
+    original: Model
+    given: Model
+    made: Model
+    before: dict[str, Any]
+    after: dict[str, Any]
+    strays: tuple[str, ...]
+
+
+def prepare(kind: type[Technique], folder: Path, model: Any = None, data: Any = None) -> Subject:
+    """Apply a technique at its defaults to a small model.
+
+    Args:
+        folder: an empty folder.
+        model, data: a torch module and what `accelerate` takes as data, where the technique needs others than a
+            convolutional network with batch norm, dropout and two consecutive linear layers.
+
+    Raises:
+        RefusalError: the technique turns the model away: give one that it takes.
+        BrokenPluginError: no chain of exact techniques leads to the form that it takes.
+    """
+    if model is None:
+        model, data = network(), floats(64, 1, 8, 8)
+    workload = adopt(model, data, metric="cosine")
+    given = _in_form(workload.model, kind.takes, workload.calibrate, folder)
+    room = folder / "applied"
+    room.mkdir()
+    around = {p for p in folder.rglob("*") if p.is_file()}
+    before = _fingerprint(given, workload.calibrate)
+    made = kind().apply(given, workload.calibrate, room)
+    after = _fingerprint(given, workload.calibrate)
+    strays = {p for p in folder.rglob("*") if p.is_file() and room not in p.parents} - around
+    return Subject(kind(), workload.model, given, made, before, after, tuple(sorted(map(str, strays))))
+
+
+def _in_form(model: Model, form: Form, data: Samples, folder: Path) -> Model:
+    """The model in another form, by the shortest chain of exact techniques."""
+    chains: list[tuple[type[Any], ...]] = [()]
+    for chain in chains:
+        at = chain[-1].gives if chain else model.form
+        if at is form:
+            for step in chain:
+                room = folder / snake(step.__name__)
+                room.mkdir()
+                model = step().apply(model, data, room)
+            return model
+        passed = {model.form, *(step.gives for step in chain)}
+        steps = discover("techniques").values()
+        chains += [(*chain, s) for s in steps if s.exact and s.takes is at and s.gives not in passed]
+    raise BrokenPluginError(f"no chain of exact techniques turns {model.form.value} into {form.value}")
+
+
+# --- the checks -------------------------------------------------------------------------------------------------
+
+
+def check_input_is_unchanged(subject: Subject) -> None:
+    """Applying changes neither the model that was given, nor its files, nor the data."""
+    changed = [what for what, before in subject.before.items() if subject.after[what] != before]
+    assert not changed, f"apply changed {' and '.join(changed)} that it was given: work on a copy"
+    assert not subject.strays, f"apply left {', '.join(subject.strays)} outside of its folder"
+
+
+def check_made(subject: Subject) -> None:
+    """It gives the form that it declares, with the same signature, and says something in the log."""
+    made, given, gives = subject.made, subject.given, type(subject.technique).gives
+    assert made.form is gives, f"it declares {gives}, but gives {made.form}"
+    assert made.signature == given.signature, f"the signature became {made.signature}, but was {given.signature}"
+    kept = made.log[: len(given.log)] == given.log
+    assert kept, f"the log must go on from {given.log}, but is {made.log}: use model.changed(form, content, *lines)"
+    assert len(made.log) > len(given.log), "it must say in the log what it did"
+    holds = {Form.TORCH: "Module", Form.EXPORTED: "ExportedProgram"}.get(made.form)
+    if holds:
+        bases = [base.__name__ for base in type(made.content).__mro__]
+        assert holds in bases, f"content must be a {holds} in the form {made.form}, but is {type(made.content)}"
+    else:
+        assert Path(made.content).is_file(), f"content must be the path of a file, but is {made.content!r}"
+
+
+def check_answers(subject: Subject) -> None:
+    """What it made answers in the signature's types and shapes, finite; the same as before where it is exact."""
+    ports, rng = subject.original.signature.outputs, np.random.default_rng(7)
+    for rows in ROWS:
+        leaves = [_random(port, rows, rng) for port in subject.original.signature.inputs]
+        expected, got = answers(subject.original, leaves), answers(subject.made, leaves)
+        assert len(got) == len(ports), f"{len(got)} outputs came, but {len(ports)} are in the signature"
+        for port, want, have in zip(ports, expected, got, strict=True):
+            assert port.fits(have), f"{port} was answered with {have.dtype}{have.shape} for {rows} rows"
+            assert have.shape == want.shape, f"{port.name} has shape {have.shape}, but the original's is {want.shape}"
+            wide = want.astype(np.float64)
+            off = np.abs(have.astype(np.float64) - wide).max(initial=0.0)
+            assert np.isfinite(off), f"{port.name} is not finite"
+            allowed = TOLERANCE * np.abs(wide).max(initial=0.0)
+            assert not subject.technique.exact or off <= allowed, (
+                f"it says that it is exact, but {port.name} is off by {off:.3g} for {rows} rows; {allowed:.3g} is allowed"
+            )
+
+
+def check_frozen(subject: Subject) -> None:
+    """It is a frozen dataclass whose fields are knobs with defaults."""
+    technique = subject.technique
+    assert dataclasses.is_dataclass(technique), f"{technique.name} must be a dataclass"
+    for field in dataclasses.fields(technique):
+        assert field.default is not dataclasses.MISSING, f"the knob {field.name!r} needs a default"
+        assert isinstance(field.default, KNOBS), f"the knob {field.name!r} must be plain data"
+    try:
+        setattr(technique, "takes", technique.takes)  # noqa: B010  mypy knows that it can't be set
+    except dataclasses.FrozenInstanceError:
+        return
+    raise AssertionError(f"{technique.name} can be changed: the dataclass must be frozen")
+
+
+def check_json(subject: Subject) -> None:
+    """Settings come back from their JSON equal and with the same hash; an unknown knob is refused."""
+    kind = type(subject.technique)
+    for choice in kind.choices(subject.original, capable()):
+        again = plugin_from_json(kind, json.loads(json.dumps(choice.to_json())))
+        assert again == choice, f"{choice} came back from its JSON as {again}"
+        assert hash(again) == hash(choice), f"{choice} came back from its JSON with another hash"
+    try:
+        plugin_from_json(kind, {"name": subject.technique.name, "no_such_knob": 1})
+    except BrokenPluginError:
+        return
+    raise AssertionError("an unknown knob was taken")
+
+
+def check_choices(subject: Subject) -> None:
+    """The settings worth trying start with the defaults and hold none twice, for the original in any form."""
+    kind = type(subject.technique)
+    for model in (subject.original, subject.given):
+        choices = list(kind.choices(model, capable()))
+        assert choices, "there must be at least one choice, the defaults"
+        assert choices[0] == kind(), f"the first choice must be the defaults, but is {choices[0]}"
+        assert all(type(c) is kind for c in choices), f"choices must be of {kind.__name__}"
+        twice = [str(c) for i, c in enumerate(choices) if c in choices[:i]]
+        assert not twice, f"these choices come twice: {twice}"
+
+
+def check_refuse(subject: Subject) -> None:
+    """`refuse` answers rather than raises, in any form, on a machine that can everything and on one that can't."""
+    for model in (subject.original, subject.given):
+        for machine in (capable(), dataclasses.replace(capable(), isa=(), cores=1)):
+            answer = subject.technique.refuse(model, machine)
+            assert answer is None or isinstance(answer, RefusalError), f"refuse gave {answer!r}, not a RefusalError"
+            assert answer is None or isinstance(answer.reason, Reason), f"its reason is {answer.reason!r}"
+    answer = subject.technique.refuse(subject.given, capable())
+    assert answer is None, f"it was applied, but is refused on a machine that can everything: {answer}"
+
+
+def check_refusal(subject: Subject) -> None:
+    """A torch model that is beyond it is turned away by a RefusalError, not by some library's own."""
+    if type(subject.technique).takes is not Form.TORCH:
+        return
+    import tempfile
+
+    model, data = stubborn()
+    workload = adopt(model, data, metric="cosine")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            subject.technique.apply(workload.model, workload.calibrate, Path(folder))
+        except RefusalError as refusal:
+            assert isinstance(refusal.reason, Reason), f"its reason is {refusal.reason!r}"
+            assert refusal.detail, "a refusal needs a detail: the library's own reason"
+
+
+def check_declared(subject: Subject) -> None:
+    """The class is named like its file, and says what it takes, gives and needs, and when."""
+    kind = type(subject.technique)
+    for name, wanted in (("takes", Form), ("gives", Form), ("stage", Stage), ("exact", bool), ("needs", tuple)):
+        value = getattr(kind, name)
+        assert isinstance(value, wanted), f"{name} must be a {wanted.__name__}, but is {value!r}"
+    stem = kind.__module__.rpartition(".")[2]
+    assert snake(kind.__name__) == stem, f"{kind.__name__} must lie in {snake(kind.__name__)}.py, not {stem}.py"
+
+
+def check_lean_import(subject: Subject) -> None:
+    """Importing the technique's file brings none of the heavy libraries."""
+    code = f"import sys, {type(subject.technique).__module__}; print(*[m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert not done.stdout.split(), f"importing it also imports {done.stdout.split()}; import those inside methods"
+
+
+Check = Callable[[Subject], None]
+CHECKS: tuple[Check, ...] = (
+    check_input_is_unchanged,
+    check_made,
+    check_answers,
+    check_frozen,
+    check_json,
+    check_choices,
+    check_refuse,
+    check_refusal,
+    check_declared,
+    check_lean_import,
+)
+
+
+# --- models, machines, answers ----------------------------------------------------------------------------------
+
+
+def answers(model: Model, leaves: Sequence[Array]) -> list[Array]:
+    """The flat answer of a model in any form, by the plainest way to run it."""
+    named = {port.name: x for port, x in zip(model.signature.inputs, leaves, strict=True)}
+    outputs = [port.name for port in model.signature.outputs]
+    if model.form is Form.ONNX:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3
+        session = onnxruntime.InferenceSession(str(model.content), options, providers=["CPUExecutionProvider"])
+        return list(session.run(outputs, named))
+    if model.form is Form.OPENVINO:
+        import openvino
+
+        compiled = openvino.compile_model(str(model.content), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        answer = compiled(named)
+        return [np.array(answer[name]) for name in outputs]
+    import torch
+
+    module = flat_module(model) if model.form is Form.TORCH else model.content.module(check_guards=False)
+    with torch.no_grad():
+        return [to_numpy(y) for y in module(*(torch.from_numpy(x.copy()) for x in leaves))]
+
+
+def capable() -> Machine:
+    """This machine, if it had every instruction set that there is on x86."""
+    return dataclasses.replace(Machine.look(), isa=tuple(sorted(set(ISA.values()) - {"neon", "dotprod", "sve"})))
+
+
+def network() -> Any:
+    """(n, 1, 8, 8) -> (n, 5): convolutions with batch norm, and two linear layers with only dropout between them."""
+    import torch
+    from torch import nn
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
+            nn.Flatten(), nn.Linear(144, 64), nn.Dropout(0.5), nn.Linear(64, 5),
+        )  # fmt: skip
+        for buffer in (model[1].running_mean, model[1].running_var):
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def stubborn() -> tuple[Any, Any]:
+    """A model that chooses its way by its input's values, with data for it: no exporter can follow."""
+    import torch
+    from torch import nn
+
+    class Stubborn(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Any) -> Any:
+            return self.one(x) if float(x.sum()) > 0 else self.other(x)
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return Stubborn().eval(), floats(64, 4)
+
+
+def floats(*shape: int, seed: int = 0) -> Array:
+    """Normal deviates, repeatable."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def _random(port: Any, rows: int, rng: Any) -> Array:
+    shape = [rows, *(axis if isinstance(axis, int) else 7 for axis in port.shape[1:])]
+    return (rng.standard_normal(shape) if port.dtype.startswith("float") else rng.integers(0, 5, shape)).astype(
+        port.dtype
+    )
+
+
+def _fingerprint(model: Model, data: Samples) -> dict[str, Any]:
+    """What must not change when a technique is applied."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    data.digest(digest)
+    found: dict[str, Any] = {"the data": digest.hexdigest()}
+    if model.form in (Form.ONNX, Form.OPENVINO):
+        return {**found, "the files of the model": Artifact.gather(Path(model.content).parent)}
+    state = model.content.state_dict if model.form is Form.EXPORTED else model.content.state_dict()
+    found["the weights"] = {k: (str(v.dtype), to_numpy(v).tobytes()) for k, v in state.items()}
+    if model.form is Form.TORCH:
+        found["the structure of the module"] = repr(model.content), model.content.training
+    else:
+        found["the program"] = str(model.content.graph)
+    return found
