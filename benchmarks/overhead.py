@@ -1,4 +1,4 @@
-"""What `fast(x)` costs over the raw ONNX Runtime session's own call: `python benchmarks/overhead.py`.
+"""What `fast(x)` costs over the raw ONNX Runtime session's own call.
 
 A model of one small matrix product, so that the call is nearly all there is.  The two take turns call by call, in
 ABBA order; the figure is the median of the paired differences with its order-statistic interval.  One thread each,
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from accelerando.interval import Interval, median_interval
+from benchmarks.results import record
 
 CALLS = 20_000
 BOUND = 20e-6  # seconds
@@ -27,7 +28,7 @@ def measure(calls: int = CALLS) -> tuple[Interval, Interval]:
     from accelerando import load
 
     with tempfile.TemporaryDirectory() as folder:
-        model = _bundle(Path(folder))
+        model = tiny_bundle(Path(folder))
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         run = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"]).run
@@ -48,7 +49,7 @@ def _turn(arms: tuple[Any, Any], reverse: bool) -> list[float]:
     return taken
 
 
-def _bundle(folder: Path) -> Path:
+def tiny_bundle(folder: Path) -> Path:
     """A bundle of a matrix product, and the path of its .onnx file."""
     import onnx
     from onnx import TensorProto, helper, numpy_helper
@@ -79,14 +80,11 @@ def _bundle(folder: Path) -> Path:
     return path
 
 
-def main() -> None:
+def run(name: str) -> None:
     more, raw = measure()
-    print(
-        f"fast(x) takes {more.mid * 1e6:.2f} us more than session.run ({more.low * 1e6:.2f} to {more.high * 1e6:.2f}), "
-        f"which takes {raw.mid * 1e6:.2f} us; at most {BOUND * 1e6:.0f} us are asked for: "
-        f"{'met' if more.high <= BOUND else 'not met'}"
+    body = (
+        f"`fast(x)` takes {more.mid * 1e6:.2f} us ({more.low * 1e6:.2f} to {more.high * 1e6:.2f}) more than "
+        f"`session.run`, which takes {raw.mid * 1e6:.2f} us; at most {BOUND * 1e6:.0f} us are asked for: "
+        f"{'reached' if more.high <= BOUND else 'not reached'}."
     )
-
-
-if __name__ == "__main__":
-    main()
+    record(name, "The cost of a call", body)

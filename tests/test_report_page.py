@@ -10,7 +10,6 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 
@@ -152,16 +151,16 @@ def test_a_page_can_be_made_of_an_original_alone(tmp_path: Path) -> None:
     text = Reader(written.read_bytes().decode()).text
     assert "The original stays" in text
     assert "What each step brought" not in text
-    assert page.render(a_bundle(kept=(), climbed=())) if False else True
 
 
-def test_without_plotly_the_page_says_how_to_get_it_and_the_fragment_does_without(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_plotly_the_page_says_how_to_get_it_and_the_fragment_does_without(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'accelerando\[optimize\]'"):
         page.render(a_bundle())
     fragment = page.fragment(a_bundle("speedup >= 4, drop <= 5%"))
-    root = ElementTree.fromstring(fragment)
-    assert len(root.findall(".//tbody/tr")) == 3
+    assert fragment.partition("<tbody>")[2].count("<tr>") == 3
     assert not Reader(fragment).loads
 
 
@@ -223,12 +222,22 @@ def a_profile() -> dict[str, Any]:
     """A profile as `Profile` writes it, of two layers that nobody measured."""
 
     def layer(name: str, seconds: float, flops: int) -> Layer:
-        return Layer(name, "Linear", "linear", "float32", 1, 1, Interval.exactly(seconds), flops, 4000, 8000, 12000, 4000)
+        return Layer(
+            name, "Linear", "linear", "float32", 1, 1, Interval.exactly(seconds), flops, 4000, 8000, 12000, 4000
+        )
 
     rate = {"float32": 1e11, "int8": 4e11, "memory": 2e10, "cache": 1e11, "call": 1e6}
     roofs = Ceilings(tuple(Ceiling(what, 2, Interval.exactly(r), r, "made up") for what, r in rate.items()))
     whole = Interval.exactly(0.004)
-    look = Look((layer("<i>fc</i>", 0.003, 2_000_000), layer("view", 0.0005, 0)), whole, whole, Interval.exactly(0.9), 2, 8000, 8000)
+    look = Look(
+        (layer("<i>fc</i>", 0.003, 2_000_000), layer("view", 0.0005, 0)),
+        whole,
+        whole,
+        Interval.exactly(0.9),
+        2,
+        8000,
+        8000,
+    )
     made = Profile("torch", "Net", 1, Machine.look(), look, roofs, None, 1.0)
     return json.loads(json.dumps(made.to_json(), allow_nan=False))  # type: ignore[no-any-return]
 

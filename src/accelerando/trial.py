@@ -26,7 +26,7 @@ STOLEN_SHARE = 0.02  # of the processor's time, taken by others while a round ra
 DRIFT = 0.1  # how far the original's second half may differ from its first
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value: two evidences are the same if they are one
 class Evidence:
     """What was measured of one recipe, in a duel with the original on one machine.
 

@@ -15,14 +15,15 @@ from typing import Any
 import numpy as np
 
 from accelerando.errors import MissingExtraError
-from accelerando.interval import Interval, median_interval
+from accelerando.interval import Floats, Interval, median_interval
 from accelerando.machine import Machine
 from accelerando.profile.layers import call_seconds
 
 Route = tuple[str, float, Callable[[], Any]]  # its name, the operations or bytes of one call, and the call
 
-LEAST_REPEATS = 5
-SIZES = (1024, 512, 256)  # of a square product: the largest that leaves time for the repeats
+ROUNDS = 2  # at two times, so that another program in the way at one of them does not lower a roof
+LEAST_REPEATS = 3  # in each round
+SIZES = (768, 512, 256)  # of a square product: the largest that leaves time for the repeats
 LARGE = 512 * 2**20  # bytes for the memory's own speed, at most
 SMALL = 2**20  # bytes for the cache's, where the size of the second level is not known
 
@@ -77,13 +78,13 @@ class Ceilings:
             raise MissingExtraError("profiling needs torch: pip install 'accelerando[optimize]'") from error
         threads = sorted({1, machine.cores})
         plans = [(count, what) for count in threads for what in WHATS]
-        found = []
-        for count, what in plans:
+        rates: dict[tuple[int, str], dict[str, list[Floats]]] = {plan: {} for plan in plans}
+        for count, what in plans * ROUNDS:
             with _threads(count):
-                best = _best(what, count, machine, seconds / len(plans))
-            if best is not None:
-                found.append(best)
-        return cls(tuple(found))
+                for by, found in _rates(what, count, machine, seconds / len(plans) / ROUNDS):
+                    rates[count, what].setdefault(by, []).append(found)
+        fastest = {plan: _fastest(routes) for plan, routes in rates.items() if routes}
+        return cls(tuple(Ceiling(what, count, *ceiling) for (count, what), ceiling in fastest.items()))
 
     def of(self, what: str, threads: int) -> Ceiling | None:
         """The roof measured with the number of threads that is nearest; None where this machine has no route."""
@@ -125,8 +126,8 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _best(what: str, threads: int, machine: Machine, seconds: float) -> Ceiling | None:
-    """The fastest route to one roof."""
+def _rates(what: str, threads: int, machine: Machine, seconds: float) -> Iterator[tuple[str, Floats]]:
+    """Each route to one roof, with the rate of every repeat."""
     plans: dict[str, Callable[[], Iterator[Route]]] = {
         "float32": lambda: _products("float32", threads, seconds),
         "int8": lambda: _products("int8", threads, seconds),
@@ -135,13 +136,15 @@ def _best(what: str, threads: int, machine: Machine, seconds: float) -> Ceiling 
         "call": _starts,
         "node": lambda: _node_starts(threads),
     }
-    best: Ceiling | None = None
     for by, amount, run in plans[what]():
-        taken = call_seconds(run, seconds / 3, LEAST_REPEATS)
-        rates = amount / taken
-        if best is None or rates.max() > best.best:
-            best = Ceiling(what, threads, median_interval(rates), float(rates.max()), by)
-    return best
+        yield by, amount / call_seconds(run, seconds / 3, LEAST_REPEATS)
+
+
+def _fastest(routes: dict[str, list[Floats]]) -> tuple[Interval, float, str]:
+    """The route whose best repeat is the fastest: its median with the interval, that repeat, and its name."""
+    rates = {by: np.concatenate(found) for by, found in routes.items()}
+    by = max(rates, key=lambda name: float(rates[name].max()))
+    return median_interval(rates[by]), float(rates[by].max()), by
 
 
 def _last_cache(machine: Machine) -> int:

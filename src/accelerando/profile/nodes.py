@@ -1,18 +1,20 @@
 """The layers of an ONNX model: the nodes that ONNX Runtime really runs, timed by its own profiler.
 
-The runtime fuses nodes before it runs them, so the graph that is read is the optimized one, which the session writes
-beside its profile; both lie in a temporary folder.
+The runtime fuses nodes before it runs them, so the graph that is read and timed is the optimized one; it lies in a
+temporary folder, together with the profiles, for as long as it is needed.
 """
 
 from __future__ import annotations
 
 import json
 import math
+import shutil
 import tempfile
+import weakref
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ from accelerando.profile.products import FAMILIES, GATHERS, INT8, VIEWS, node_fl
 from accelerando.workload import Model, Samples
 
 Shape = tuple[int, ...]
-RUNS = 200  # every node of every run is a line of JSON
+EVENTS = 10_000  # in one profile: each is a kilobyte of JSON
 SUFFIX = "_kernel_time"
 MICRO = 1e-6  # the profile counts microseconds
 WIDTHS = {
@@ -55,82 +57,108 @@ class Nodes:
 
     def __init__(self, model: Model, samples: Samples) -> None:
         self.path, self.samples = Path(model.content), samples
-        self.names = [port.name for port in model.signature.inputs]
         try:
             import onnx  # noqa: F401
         except ImportError as error:
             raise MissingExtraError(
                 "an ONNX model's profile needs onnx: pip install 'accelerando[optimize]'"
             ) from error
-        self._plain: Any = None
 
     def call(self, batch: int) -> Callable[[], Any]:
-        if self._plain is None:
-            self._plain = self._session({})
         return self._run(self._plain, batch)
 
     def peak_bytes(self, batch: int) -> int:
-        with self._profiled(batch, runs=1) as trace:
-            return trace.peak_bytes(0)
+        return max(self._trace(batch, runs=0).live_bytes(0).values(), default=0)
 
     def look(self, batch: int, seconds: float) -> Look:
-        whole = call_seconds(self.call(batch), 0.4 * seconds)
-        runs = max(LEAST_RUNS, min(RUNS, round(0.3 * seconds / float(np.median(whole)))))
-        with self._profiled(batch, runs) as trace:
-            by_layer = np.array([trace.seconds(i) for i in range(len(trace.runs))])[1:]
-            total = np.array([run.took for run in trace.runs])[1:]
-            peaks = trace.live_bytes(0)
-            layers = [
-                trace.layer(node, interval, peaks)
-                for node, interval in zip(trace.graph.nodes, layer_medians(by_layer), strict=True)
-            ]
-            weights = sum(trace.graph.weights.values())
-        notes = [f"node {n.name!r} ({n.operator}) holds a graph of its own: its FLOPs are not counted"
-                 for n in trace.graph.nodes if n.nested]  # fmt: skip
+        whole = call_seconds(self.call(batch), 0.5 * seconds)
+        affordable = min(0.3 * seconds / float(np.median(whole)), EVENTS / max(len(self._graph.nodes), 1))
+        trace = self._trace(batch, max(LEAST_RUNS, round(affordable)))
+        by_layer = np.array([trace.seconds(i) for i in range(len(trace.runs))])[1:]
+        total = np.array([run.took for run in trace.runs])[1:]
+        peaks = trace.live_bytes(0)
+        layers = [
+            trace.layer(node, interval, peaks)
+            for node, interval in zip(self._graph.nodes, layer_medians(by_layer), strict=True)
+        ]
+        notes = [
+            f"node {n.name!r} ({n.operator}) holds a graph of its own: its FLOPs are not counted"
+            for n in self._graph.nodes
+            if n.nested
+        ]
         plain, timed = median_interval(whole), median_interval(total)
         notes += disturbance(timed, plain, len(layers))
         return Look(
             tuple(layer for layer in layers if layer.calls), plain, timed, covered_share(by_layer, total),
-            _threads(), weights, max(peaks.values(), default=0), tuple(notes),
+            _threads(), sum(self._graph.weights.values()), max(peaks.values(), default=0), tuple(notes),
         )  # fmt: skip
 
-    def _session(self, settings: Mapping[str, str], folder: Path | None = None) -> Any:
+    @cached_property
+    def _plain(self) -> Any:
+        return _session(self.path)
+
+    @cached_property
+    def _optimized(self) -> Path:
+        """The graph that the runtime makes of the model, every node with a name of its own."""
+        import onnx
+
+        folder = Path(tempfile.mkdtemp(prefix="accelerando-profile-"))
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        path = folder / "optimized.onnx"
+        # Weights lie beside the graph, for a file of its own may not pass 2 GiB.
+        prefix = "session.optimized_model_external_initializers_"
+        _session(
+            self.path,
+            optimized_model_filepath=str(path),
+            entries={f"{prefix}file_name": "optimized.weights", f"{prefix}min_size_in_bytes": "1024"},
+        )
+        model, taken = onnx.load(path, load_external_data=False), set[str]()
+        for i, node in enumerate(model.graph.node):
+            if not node.name or node.name in taken:
+                node.name = f"{node.op_type}_{i}"
+            taken.add(node.name)
+        onnx.save(model, path)
+        return path
+
+    @cached_property
+    def _graph(self) -> _Graph:
+        return _Graph.read(self._optimized)
+
+    def _trace(self, batch: int, runs: int) -> _Trace:
+        """The trace of this many calls and one before them."""
         import onnxruntime
 
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # it warns that the optimized file is for this machine only: so it is meant
-        for key, value in settings.items():
-            options.add_session_config_entry(key, value)
-        source: Any = str(self.path)
-        if folder is not None:
-            options.enable_profiling, options.profile_file_prefix = True, str(folder / "profile")
-            options.optimized_model_filepath = str(folder / "optimized.onnx")
-            source = _named(self.path)
-        return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
+        session = _session(
+            self._optimized,
+            enable_profiling=True,
+            profile_file_prefix=str(self._optimized.parent / "profile"),
+            graph_optimization_level=onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL,
+        )
+        call = self._run(session, batch)
+        for _ in range(runs + 1):
+            call()
+        file = Path(session.end_profiling())
+        events = json.loads(file.read_text())
+        file.unlink()
+        feed = dict(zip((i.name for i in session.get_inputs()), rows_of(self.samples, batch), strict=True))
+        return _Trace.read(self._graph, events, feed)
 
     def _run(self, session: Any, batch: int) -> Callable[[], Any]:
         names = [i.name for i in session.get_inputs()]
         feed = dict(zip(names, rows_of(self.samples, batch), strict=True))
         return lambda: session.run(None, feed)
 
-    @contextmanager
-    def _profiled(self, batch: int, runs: int) -> Any:
-        """The trace of this many calls and one before them."""
-        with tempfile.TemporaryDirectory(prefix="accelerando-profile-") as name:
-            folder = Path(name)
-            settings = {
-                "session.model_external_initializers_file_folder_path": str(self.path.parent),
-                # weights beside the graph: a file of its own may not pass 2 GiB
-                "session.optimized_model_external_initializers_file_name": "optimized.weights",
-                "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
-            }
-            session = self._session(settings, folder)
-            call = self._run(session, batch)
-            for _ in range(runs + 1):
-                call()
-            events = json.loads(Path(session.end_profiling()).read_text())
-            feed = dict(zip((i.name for i in session.get_inputs()), rows_of(self.samples, batch), strict=True))
-            yield _Trace.read(_Graph.read(folder / "optimized.onnx"), events, feed)
+
+def _session(path: Path, entries: Mapping[str, str] | None = None, **settings: Any) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # it warns that the optimized file is for this machine only: so it is meant
+    for name, value in settings.items():
+        setattr(options, name, value)
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
+    return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 @dataclass(frozen=True)
@@ -237,9 +265,6 @@ class _Trace:
             alive = {name: size for name, size in alive.items() if last.get(name, -1) > i}
         return found
 
-    def peak_bytes(self, run: int) -> int:
-        return max(self.live_bytes(run).values(), default=0)
-
     def layer(self, node: _Node, seconds: Any, live: Mapping[str, int]) -> Layer:
         run = self.runs[0]
         inputs, outputs = [i for i in node.inputs if i], [o for o in node.outputs if o]
@@ -268,19 +293,6 @@ class _Trace:
             peak_bytes=made if node.operator not in VIEWS else 0,
             kernel=math.prod(kernel) if kernel else 0,
         )
-
-
-def _named(path: Path) -> bytes:
-    """The model with a name for every node, each its own, so that the profile can be told apart."""
-    import onnx
-
-    model = onnx.load(path, load_external_data=False)
-    taken: set[str] = set()
-    for i, node in enumerate(model.graph.node):
-        if not node.name or node.name in taken:
-            node.name = f"{node.op_type}_{i}"
-        taken.add(node.name)
-    return bytes(model.SerializeToString())
 
 
 def _threads() -> int:

@@ -75,12 +75,12 @@ class Profile:
             )
         begin = perf_counter()
         subject, name = _subject(model, samples)
-        fixed = model.signature.inputs[0].shape[0]
-        batch = fixed if isinstance(fixed, int) else batch
+        fixed = model.signature.fixed_batch
+        batch = fixed or batch
         ceilings = ceilings or Ceilings.measure(machine, CEILINGS_SHARE * seconds)
         look = subject.look(batch, LOOK_SHARE * seconds)
         left = max(seconds - (perf_counter() - begin), GROWTH_LEAST * seconds)
-        growth = None if isinstance(fixed, int) else Growth.measure(subject, machine, left)
+        growth = None if fixed else Growth.measure(subject, machine, left)
         return cls(model.form.value, name, batch, machine, look, ceilings, growth, perf_counter() - begin)
 
     @cached_property

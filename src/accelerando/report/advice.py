@@ -22,6 +22,8 @@ def nearest(story: Story) -> tuple[str, ...]:
         return ()
     found: dict[frozenset[str], tuple[float, Seen, list[Check]]] = {}
     for seen in story.seen:
+        if seen.rung == 0:
+            continue  # the original: it would meet any bound that asks for nothing
         missed = [c for c in story.bundle.goal.judge(seen.evidence).checks if c.outcome is not Outcome.MET]
         if not missed or (seen.refused is not None and seen.refused.reason in (Reason.NOT_FINITE, Reason.WRONG_OUTPUT)):
             continue

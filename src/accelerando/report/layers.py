@@ -91,9 +91,7 @@ def dearest(rows: Sequence[Row]) -> Element:
 def roofline(profile: Mapping[str, Any], rows: Sequence[Row]) -> Figure:
     """Operations per second against operations per byte, with the measured roofs (Williams et al. 2009)."""
     threads = profile["threads"]
-    found = {
-        c["what"]: c["best"] for c in sorted(profile["ceilings"], key=lambda c: -abs(c["threads"] - threads))
-    }
+    found = {c["what"]: c["best"] for c in sorted(profile["ceilings"], key=lambda c: -abs(c["threads"] - threads))}
     intensity = [r["flops"] / r["moved_bytes"] for r in rows]
     speed = [r["flops"] / r["seconds"]["mid"] for r in rows]
     left, right = min([*intensity, 1.0]) / 2, max([*intensity, 50.0]) * 2

@@ -97,7 +97,7 @@ def _head(profile: Data) -> RenderableType:
 
 def _layers(rows: Sequence[Data], covered: float) -> RenderableType:
     shown = list(rows) if len(rows) <= ROWS else _alike(rows)
-    table = Table(box=LINES, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=LINES, padding=0, pad_edge=False, show_edge=False)  # the box leaves one column between
     table.add_column("layer", no_wrap=True)
     for name in ("time", "share", "FLOPs", "peak", "least"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -201,7 +201,7 @@ def tried(story: Story) -> Element | None:
     run = story.bundle.run
     spent = f" in {words.duration(float(run['seconds']))}" if run.get("seconds") else ""
     lead = (
-        f"{len(story.trials)} recipes{spent}: {len(story.trials) - story.turned_away} verified, "
+        f"{words.count(len(story.trials), 'recipe')}{spent}: {len(story.trials) - story.turned_away} verified, "
         f"{story.turned_away} turned away."
     )
     rows: list[list[Child]] = [
@@ -229,7 +229,7 @@ def refusals(story: Story) -> Element | None:
             detail = words.clean(trial.outcome.detail)
             detail = detail if len(detail) <= DETAIL else detail[:DETAIL] + " ..."
             items.append(el("li", el("strong", words.recipe(trial.recipe)), el("pre", detail) if detail else None))
-        count = f"{len(group.trials)} {'recipe' if len(group.trials) == 1 else 'recipes'}"
+        count = words.count(len(group.trials), "recipe")
         groups.append(
             el(
                 "details",

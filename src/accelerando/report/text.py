@@ -144,7 +144,7 @@ def _tried(story: Story) -> RenderableType:
     run, verified = story.bundle.run, len(story.trials) - story.turned_away
     spent = f" in {words.duration(float(run['seconds']))}" if run.get("seconds") else ""
     budget = f" of {words.duration(float(run['budget_seconds']))}" if run.get("budget_seconds") else ""
-    line = f"{len(story.trials)} recipes{spent}{budget}: {verified} verified, {story.turned_away} turned away."
+    line = f"{words.count(len(story.trials), 'recipe')}{spent}{budget}: {verified} verified, {story.turned_away} turned away."
     if run.get("finished") is False:
         line += " It was not through with its plan, and can be resumed."
     table = Table(box=LINES, padding=(0, 1), show_edge=False, header_style="dim", pad_edge=False)
@@ -187,7 +187,7 @@ def _circumstances(story: Story) -> Table:
         "versions": versions,
         "bundle": str(bundle.path),
         "started": str(bundle.run.get("started", "")),
-        "again": str(bundle.run.get("command", "")),
+        "again": str(bundle.run.get("command") or ""),
     }
     for name, value in rows.items():
         if value:

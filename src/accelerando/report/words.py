@@ -23,9 +23,11 @@ NAMES = {
     "openvino": "OpenVINO",
     "export_onnx": "",
     "export_torch": "",
+    "convert_openvino": "",
     "fold": "folded",
     "half": "16-bit floats",
     "quantize_static": "int8 static",
+    "quantize_nncf": "int8 by NNCF",
     "quantize_dynamic": "int8 dynamic",
     "quantize_weights": "int8 weights",
 }
@@ -70,6 +72,8 @@ def changed_knobs(part: Plugin) -> list[str]:
 def knob(name: str, value: Knob) -> str:
     """One setting: `1 thread`, `no arena`, `entropy`, `opset 20`."""
     words = name.replace("_", " ")
+    if name == "keep" and isinstance(value, float):
+        return f"{100 * value:.3g} % kept in float"
     if value is None or value is False:
         return f"no {words}"
     if value is True:
@@ -100,7 +104,8 @@ def figure(value: float, digits: int = 3) -> str:
         return "0"
     if not 1e-4 <= abs(value) < 1e6:
         return f"{value:.{digits - 1}e}"
-    places = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    rounded = float(f"{value:.{digits - 1}e}")  # 9.999 has as many digits before the point as 10
+    places = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{value:.{places}f}"
 
 
@@ -112,6 +117,11 @@ def seconds(value: float) -> str:
         if abs(value) * scale < 999.5:
             return f"{figure(value * scale)} {unit}"
     return f"{figure(value)} s"
+
+
+def count(number: int, thing: str) -> str:
+    """`1 recipe`, `7 recipes`."""
+    return f"{number} {thing}{'' if number == 1 else 's'}"
 
 
 def duration(value: float) -> str:
@@ -145,7 +155,7 @@ def _fixed(value: float, places: int) -> str:
 
 def points(value: float) -> str:
     """A difference of shares, in points of a percent."""
-    return _fixed(100 * value, 2 if 0 < abs(value) < 0.0005 else 1)
+    return _fixed(100 * value, 2 if 5e-5 <= abs(value) < 5e-4 else 1)
 
 
 def quality(metric: str, value: float) -> str:

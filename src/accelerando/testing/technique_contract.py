@@ -18,10 +18,12 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 
+from accelerando.adoption import adopt
 from accelerando.adoption import adopt
 from accelerando.errors import BrokenPluginError, Reason, RefusalError
 from accelerando.machine import ISA, Machine
@@ -142,7 +144,8 @@ def check_answers(subject: Subject) -> None:
             assert np.isfinite(off), f"{port.name} is not finite"
             allowed = TOLERANCE * np.abs(wide).max(initial=0.0)
             assert not subject.technique.exact or off <= allowed, (
-                f"it says that it is exact, but {port.name} is off by {off:.3g} for {rows} rows; {allowed:.3g} is allowed"
+                f"it says that it is exact, but {port.name} is off by {off:.3g} for {rows} rows; "
+                f"{allowed:.3g} is allowed"
             )
 
 
@@ -201,16 +204,17 @@ def check_refusal(subject: Subject) -> None:
     """A torch model that is beyond it is turned away by a RefusalError, not by some library's own."""
     if type(subject.technique).takes is not Form.TORCH:
         return
-    import tempfile
-
     model, data = stubborn()
     workload = adopt(model, data, metric="cosine")
-    with tempfile.TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder:
         try:
             subject.technique.apply(workload.model, workload.calibrate, Path(folder))
         except RefusalError as refusal:
-            assert isinstance(refusal.reason, Reason), f"its reason is {refusal.reason!r}"
-            assert refusal.detail, "a refusal needs a detail: the library's own reason"
+            turned_away = refusal
+        else:
+            return
+    assert isinstance(turned_away.reason, Reason), f"its reason is {turned_away.reason!r}"
+    assert turned_away.detail, "a refusal needs a detail: the library's own reason"
 
 
 def check_declared(subject: Subject) -> None:

@@ -1,0 +1,1 @@
+"""Figures, measured: run them with `scripts/bench`.  Nothing here is shipped."""

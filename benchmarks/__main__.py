@@ -1,0 +1,34 @@
+"""`scripts/bench` lists the benchmarks; `scripts/bench NAME ...` runs some and writes them to results.md."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+BENCHMARKS = {
+    "vit": ("benchmarks.cases", "the ViT on MNIST, batch 1, against every single tool"),
+    "resnet": ("benchmarks.cases", "ResNet-56 on CIFAR-10, batch 1, against every single tool"),
+    "text-1": ("benchmarks.cases", "a transformer text classifier, batch 1"),
+    "text-32": ("benchmarks.cases", "a transformer text classifier, batch 32"),
+    "lstm-1": ("benchmarks.cases", "an LSTM, batch 1"),
+    "lstm-32": ("benchmarks.cases", "an LSTM, batch 32"),
+    "judge": ("benchmarks.judge", "how often the judge errs: equals called faster, planted losses missed"),
+    "imports": ("benchmarks.imports", "what importing costs, and what comes along"),
+    "overhead": ("benchmarks.overhead", "fast(x) over the raw session's own call"),
+}
+
+
+def main() -> None:
+    names = sys.argv[1:]
+    if not names or any(n not in BENCHMARKS for n in names):
+        for name, (_, what) in BENCHMARKS.items():
+            print(f"{name:10} {what}")
+        if names:
+            sys.exit(f"\nno such benchmark: {', '.join(n for n in names if n not in BENCHMARKS)}")
+        return
+    for name in names:
+        importlib.import_module(BENCHMARKS[name][0]).run(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""How often the judge errs, for real: two arms of the same files, a planted slowdown, and a planted loss.
+
+The arms run a small matrix product in processes of their own, as every duel does; each duel has fresh processes, so
+what luck a process has with its memory is in the figure.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from accelerando.interval import paired_bootstrap, quantile_interval
+from accelerando.machine import Machine
+from accelerando.measure.child import Child
+from accelerando.measure.clock import time_block
+from accelerando.measure.rounds import SELECT, duel
+from benchmarks.results import record, table
+
+DUELS = int(os.environ.get("ACCELERANDO_BENCH_DUELS", "200"))
+_work: list[Any] = []
+
+
+def _prepare(size: int, slower: float) -> None:
+    import time
+
+    rng = np.random.default_rng(0)
+    left, right = (rng.standard_normal((size, size)).astype(np.float32) for _ in range(2))
+
+    def answer(leaves: Any) -> Any:
+        start = time.perf_counter_ns()
+        out = left @ right
+        end = start + (time.perf_counter_ns() - start) * slower
+        while time.perf_counter_ns() < end:
+            pass
+        return [out]
+
+    _work.append(answer)
+
+
+def _block(seconds: float) -> np.ndarray:
+    return time_block(_work[0], [()], seconds)
+
+
+@dataclass
+class Arm:
+    child: Child
+
+    @classmethod
+    def of(cls, slower: float, size: int = 160) -> Arm:
+        child = Child("an arm")
+        child.call(_prepare, size, slower)
+        return cls(child)
+
+    @property
+    def pid(self) -> int:
+        return self.child.pid
+
+    def block(self, seconds: float, timeout: float) -> np.ndarray:
+        return self.child.call(_block, seconds, timeout=timeout)
+
+
+def duels(count: int, slower: float) -> list[Any]:
+    """The speedup's interval of `count` duels between fresh processes."""
+    cores, found = Machine.look().cores, []
+    for seed in range(count):
+        candidate, original = Arm.of(slower), Arm.of(1.0)
+        found.append(duel(candidate, original, SELECT, cores=cores, seed=seed).speedup)
+        candidate.child.close()
+        original.child.close()
+    return found
+
+
+def losses(count: int, rows: int = 6000, base: float = 0.95, loss: float = 0.01, churn: float = 0.02) -> float:
+    """The share of `count` candidates, one point worse on `rows` samples, whose drop is seen to be above 0."""
+    seen = 0
+    for seed in range(count):
+        rng = np.random.default_rng(seed)
+        original = (rng.random(rows) < base).astype(float)
+        flip = rng.random(rows)
+        ours = np.where(original == 1, flip >= (churn + loss) / base, flip < churn / (1 - base)).astype(float)
+        drop = paired_bootstrap(ours[:, None], original[:, None], lambda a, b: (b - a)[..., 0], seed=seed)
+        seen += drop.low > 0
+    return seen / count
+
+
+def run(name: str) -> None:
+    equal, slow = duels(DUELS, 1.0), duels(DUELS // 2, 1.05)
+    false = sum(s.low > 1 for s in equal)
+    seen = sum(s.high < 1 for s in slow)
+    spread = quantile_interval(np.array([s.mid for s in equal]), 0.5)
+    rows = [
+        [
+            "candidate = original called faster",
+            f"{false} of {len(equal)}",
+            "at most 5 %",
+            _met(false / len(equal) <= 0.05),
+        ],
+        ["a planted slowdown of 5 % seen", f"{seen} of {len(slow)}", "at least 95 %", _met(seen / len(slow) >= 0.95)],
+        [
+            "a planted loss of one point seen (6,000 samples)",
+            f"{losses(400):.1%} of 400",
+            "at least 95 %",
+            _met(losses(400) >= 0.95),
+        ],
+    ]
+    body = table(["what", "measured", "asked for", ""], rows)
+    mids = np.array([s.mid for s in equal])
+    body += (
+        f"\n\nThe figure of equal arms: median {spread.mid:.4f}, standard deviation {mids.std():.4f} between duels; "
+        f"half the interval's width is {np.median([(s.high - s.low) / 2 for s in equal]):.4f} (median)."
+    )
+    record(name, "The judge", body)
+
+
+def _met(good: bool) -> str:
+    return "reached" if good else "not reached"
