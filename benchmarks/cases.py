@@ -141,8 +141,8 @@ def run(name: str) -> None:
     facts, drop = result.bundle.run, best.evidence.relative_drop
     body += (
         f"\n\nOurs is `{best.recipe}`, certified at {span(best.evidence.speedup)} times the original's speed, drop "
-        f"{drop.mid:.2%} (at most {drop.high:.2%}); verdict: {result.verdict}. First rung after {first}; the whole call "
-        f"took {took:.0f} s ({facts['trials']} recipes; it stopped because: {facts['why_stopped']})."
+        f"{drop.mid:.2%} (at most {drop.high:.2%}); verdict: {result.verdict}. First rung after {first}; the whole "
+        f"call took {took:.0f} s ({facts['trials']} recipes; it stopped because: {facts['why_stopped']})."
     )
     record(name, case.title, body)
 

@@ -57,7 +57,7 @@ class Honest(Technique):
         return model.changed(Form.TORCH, self.rescaled(copy.deepcopy(model.content)), "rescaled")
 
     def rescaled(self, module: Any) -> Any:
-        if len(module) > 8:
+        if isinstance(module, torch.nn.Sequential):
             with torch.no_grad():
                 module[6].weight.div_(self.strength)
                 module[6].bias.div_(self.strength)
@@ -195,7 +195,7 @@ def test_an_honest_technique_passes(tmp_path: Path) -> None:
 def test_a_heavy_import_is_caught(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = Path(__file__).parent / "toys" / "toy_technique.py"
     (tmp_path / "heavy_technique.py").write_text(
-        "import onnx\n" + source.read_text(encoding="utf-8").replace("ToyTechnique", "HeavyTechnique")
+        source.read_text(encoding="utf-8").replace("ToyTechnique", "HeavyTechnique") + "\n\nimport onnx\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -20,7 +20,7 @@ from accelerando.interval import Interval
 from accelerando.machine import Machine
 from accelerando.profile.ceilings import Ceiling, Ceilings, _threads
 from accelerando.profile.growth import Curve, Growth
-from accelerando.profile.hints import helps, hints
+from accelerando.profile.remedies import helps, hints
 from accelerando.profile.layers import Layer, Look, rows_of
 from accelerando.profile.modules import Modules
 from accelerando.profile.nodes import Nodes

@@ -9,6 +9,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -190,7 +191,7 @@ def test_a_metric_where_lower_is_better_is_told_in_its_own_unit() -> None:
 
 
 def _lower() -> tuple[Trial, ...]:
-    given = {"metric": "mae", "quality": 0.5, "n": 400}
+    given: dict[str, Any] = {"metric": "mae", "quality": 0.5, "n": 400}
     return a_trial(ORIGINAL, 1.0, **given), a_trial(PLAIN, 5.0, 0.004, **given)
 
 

@@ -239,7 +239,7 @@ def a_profile() -> dict[str, Any]:
         8000,
     )
     made = Profile("torch", "Net", 1, Machine.look(), look, roofs, None, 1.0)
-    return json.loads(json.dumps(made.to_json(), allow_nan=False))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(made.to_json(), allow_nan=False))
 
 
 def test_the_profile_is_shown_with_its_roofline() -> None:

@@ -39,9 +39,8 @@ class Result:
         """Write the HTML report, one self-contained page; gives its path."""
         from accelerando.report import page
 
-        path = Path(path)
-        path.write_text(page.render(self.bundle), encoding="utf-8")
-        return path
+        page.write(self.bundle, Path(path))
+        return Path(path)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame, one row for each trial.

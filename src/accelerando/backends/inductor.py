@@ -81,15 +81,15 @@ class Inductor(Backend):
         from torch._inductor.utils import fresh_cache
 
         program = model.content
-        settings = {
+        settings: dict[str, Any] = {
             "cpp.threads": self.threads or torch.get_num_threads(),
             "max_autotune": self.max_autotune,
-            "aot_inductor.metadata": {WRITES: str(int(bool(program.graph_signature.user_inputs_to_mutate)))},
         }
         # Caches go where this build goes: a shared one would make the second build look cheap, and would stay.
         with tempfile.TemporaryDirectory(prefix="inductor-", dir=folder.parent) as cache, _quiet():
             try:
                 with fresh_cache(dir=cache):
+                    settings["aot_inductor.metadata"] = {WRITES: str(int(_writes_inputs(program)))}
                     path = folder / "model.pt2"
                     aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
             except Exception as error:
@@ -120,6 +120,11 @@ class _Package(Runner):
         owned = not self._copies
         inputs = [self._from_numpy(x if owned and x.flags.carray else np.array(x, order="C")) for x in leaves]
         return [to_numpy(y) for y in self._run(inputs)]
+
+
+def _writes_inputs(program: Any) -> bool:
+    """Whether the program writes into its inputs; only its functional form tells."""
+    return bool(program.run_decompositions({}).graph_signature.user_inputs_to_mutate)
 
 
 def _compiler() -> str:

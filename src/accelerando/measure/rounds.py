@@ -8,6 +8,7 @@ makes an honest 95 % into less (Wald 1947; Johari et al., *Operations Research* 
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,6 +17,7 @@ import numpy as np
 
 from accelerando.interval import Floats, Interval, median_interval
 from accelerando.measure.clock import Activity
+from accelerando.trial import FEW_ROUNDS
 
 LOOK_CONFIDENCE = 0.99
 
@@ -38,6 +40,8 @@ class Effort:
         block_seconds: length of one arm's block in a round.
         narrow: the relative width of the interval at which to stop.
         calls: how many calls of the candidate are needed besides, for the quantiles that the goal asks for.
+        seconds: the duel ends after this long, whatever is left to do, once it has the least rounds that can give
+            an interval: on a busy machine a block may take many times its length.
         timeout: seconds after which a block is taken for a hang.
     """
 
@@ -46,11 +50,12 @@ class Effort:
     block_seconds: float
     narrow: float = 0.02
     calls: int = 0
+    seconds: float = 15.0
     timeout: float = 60.0
 
 
 SCREEN = Effort(least=6, most=6, block_seconds=0.1)
-SELECT = Effort(least=12, most=32, block_seconds=0.12)
+SELECT = Effort(least=12, most=32, block_seconds=0.12, seconds=10.0)
 CERTIFY = Effort(least=20, most=60, block_seconds=0.15)
 
 
@@ -91,7 +96,7 @@ def duel(
     Raises:
         RefusalError: an arm died, hung or outgrew its memory.
     """
-    rng = np.random.default_rng(seed)
+    rng, start = np.random.default_rng(seed), time.monotonic()
     rows, stolen = [], []
     seconds: tuple[list[Floats], list[Floats]] = ([], [])
     arms = (candidate, original)
@@ -104,7 +109,8 @@ def duel(
             medians[i] = float(np.median(block))
         stolen.append(before.stolen_until(Activity.now([a.pid for a in arms]), cores))
         rows.append(medians)
-        if _over(np.array(rows), sum(map(len, seconds[0])), effort, answered):
+        late = time.monotonic() - start > effort.seconds and len(rows) >= FEW_ROUNDS
+        if late or _over(np.array(rows), sum(map(len, seconds[0])), effort, answered):
             return Rounds(np.array(rows), np.array(stolen), np.concatenate(seconds[0]), np.concatenate(seconds[1]))
 
 

@@ -12,7 +12,7 @@ from accelerando.interval import Interval
 from accelerando.machine import Machine
 from accelerando.profile.ceilings import Ceilings
 from accelerando.profile.growth import Growth
-from accelerando.profile.hints import Help, Hint, helps, hints
+from accelerando.profile.remedies import Help, Hint, helps, hints
 from accelerando.profile.layers import Layer, Look, Subject
 from accelerando.profile.roofline import Roofs, Standing, least_seconds, least_seconds_int8, stand
 from accelerando.workload import Form, Model, Samples
@@ -149,9 +149,15 @@ class Profile:
             top = rows[0]
             between = ", between its own layers" if top["container"] else ""
             found.append(
-                f"the bottleneck is {top['name']} ({top['kind']}{between}): {top['share']:.0%} of the layers' time, "
+                f"the dearest layer is {top['name']} ({top['kind']}{between}): {top['share']:.0%} of the layers' time, "
                 f"bound by {top['bound']}"
             )
+            kinds: dict[str, list[float]] = {}
+            for row in rows:
+                kinds.setdefault(row["kind"], []).append(row["share"])
+            kind, shares = max(kinds.items(), key=lambda item: sum(item[1]))
+            if len(shares) > 1:
+                found.append(f"the dearest kind is {kind}: {sum(shares):.0%} of it, in {len(shares)} layers")
         headroom = self.look.whole.mid / max(self.least_seconds, 1e-12)
         if headroom > MOSTLY_STARTS:
             found.append(f"its work is {1 / headroom:.2%} of its time by the measured roofs: the rest is starting it")

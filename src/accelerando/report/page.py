@@ -29,7 +29,7 @@ def render(bundle: Bundle) -> str:
     """
     story = Story(bundle)
     scripts = [_plotly(), (HERE / "page.js").read_text("utf-8")]
-    title = f"accelerando: {bundle.verdict.outcome.value}: {fine(words.times(story.best.evidence.speedup.mid))}"
+    title = f"accelerando: {bundle.verdict.outcome.value}: {fine(words.faster(story.best.evidence.speedup))}"
     head = el(
         "head",
         el("meta", charset="utf-8"),

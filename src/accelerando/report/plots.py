@@ -49,7 +49,7 @@ def log_axis(low: float, high: float, say: Callable[[float], str], **more: Any) 
 
 
 def tick_times(value: float) -> str:
-    return f"{value:.3g}x"
+    return f"{round(value, 6):g}x"
 
 
 def tick_seconds(value: float) -> str:

@@ -183,7 +183,7 @@ def _growth(growth: Data) -> RenderableType:
 
 
 def _ceilings(rows: Sequence[Data]) -> RenderableType:
-    table = Table(box=LINES, padding=(0, 2, 0, 0), pad_edge=False, show_edge=False)
+    table = Table(box=LINES, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for name in ("", "threads", "best", "median (95 %)", "by"):
         table.add_column(name, justify="left" if name in ("", "by") else "right", no_wrap=True)
     known = [row for row in rows if row["what"] in CEILINGS]

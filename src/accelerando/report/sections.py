@@ -43,11 +43,8 @@ def hero(story: Story) -> Element:
     outcome, evidence = story.bundle.verdict.outcome, story.best.evidence
     speed = evidence.speedup
     found = story.bundle.best > 0
-    big = (
-        fine(f"{words.times(speed.mid)} {'faster' if speed.mid >= 1 else 'the speed'}")
-        if found
-        else "The original stays"
-    )
+    big = fine(words.faster(speed)).capitalize() if found else "The original stays"
+    doubts = evidence.doubts()
     under = (
         f"{words.recipe(story.best.recipe)}. The true figure lies between {words.times(speed.low)} and "
         f"{words.times(speed.high)}, with {speed.confidence:.0%} confidence."
@@ -60,6 +57,7 @@ def hero(story: Story) -> Element:
         el("p", el("span", outcome.value.upper(), class_="badge"), " ", el("code", story.bundle.goal.text)),
         el("h1", big),
         el("p", fine(under), class_="under"),
+        el("p", f"In doubt: {'; '.join(doubts)}.", class_="doubt") if doubts else None,
         cards(story),
         class_=f"hero {TONE[outcome]}",
     )

@@ -180,9 +180,8 @@ class Story:
         evidence, outcome = self.best.evidence, self.bundle.verdict.outcome
         if self.bundle.best == 0:
             return f"nothing was proven to be better than the original ({words.recipe(self.best.recipe)})"
-        speed = words.between(evidence.speedup, words.times).replace("x", "x faster", 1)
-        if evidence.speedup.mid < 1:
-            speed = f"{words.between(evidence.speedup, words.times)} the original's speed"
+        bounds = words.between(evidence.speedup, words.times).partition(" ")[2]
+        speed = f"{words.faster(evidence.speedup)} {bounds}".strip()
         told = ("speedup", "drop", "quality")
         rest = [
             f"{c.bound.quantity} {words.between(c.interval, lambda v, b=c.bound: words.quantity(b, v, self.metric))}"

@@ -144,7 +144,8 @@ def _tried(story: Story) -> RenderableType:
     run, verified = story.bundle.run, len(story.trials) - story.turned_away
     spent = f" in {words.duration(float(run['seconds']))}" if run.get("seconds") else ""
     budget = f" of {words.duration(float(run['budget_seconds']))}" if run.get("budget_seconds") else ""
-    line = f"{words.count(len(story.trials), 'recipe')}{spent}{budget}: {verified} verified, {story.turned_away} turned away."
+    tried = words.count(len(story.trials), "recipe")
+    line = f"{tried}{spent}{budget}: {verified} verified, {story.turned_away} turned away."
     if run.get("finished") is False:
         line += " It was not through with its plan, and can be resumed."
     table = Table(box=LINES, padding=(0, 1), show_edge=False, header_style="dim", pad_edge=False)

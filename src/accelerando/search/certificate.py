@@ -116,7 +116,7 @@ def _effort(goal: Goal, seconds: float) -> Effort:
     """As many rounds as fit, between the least and the most that certifying asks for."""
     rounds = int(seconds * 0.6 / (2 * CERTIFY.block_seconds))
     most = min(CERTIFY.most, max(CERTIFY.least, rounds))
-    return replace(CERTIFY, most=most, calls=goal.samples_needed)
+    return replace(CERTIFY, most=most, calls=goal.samples_needed, seconds=seconds * 0.7)
 
 
 def _unique(trials: Sequence[Trial]) -> list[Trial]:

@@ -16,7 +16,7 @@ from accelerando.goal import Goal, Outcome
 from accelerando.interval import Interval
 from accelerando.measure.arm import Subject
 from accelerando.measure.bench import Bench, examine
-from accelerando.measure.rounds import SELECT, Effort
+from accelerando.measure.rounds import SELECT
 from accelerando.recipe import Artifact, File, Recipe
 from accelerando.search.proposal import LOSSLESS_DROP, Proposal
 from accelerando.search.workshop import Built, Workshop
@@ -151,7 +151,7 @@ def _examine(recipe: Recipe, artifact: Artifact, grounds: Grounds, history: tupl
     def lost(speedup: Interval) -> bool:
         return best is not None and best.evidence is not None and speedup.high < best.evidence.speedup.low
 
-    calls = Effort(SELECT.least, SELECT.most, SELECT.block_seconds, calls=min(goal.samples_needed, 2000))
+    calls = replace(SELECT, calls=min(goal.samples_needed, 2000))
     return examine(subject, bench, "select", calls, after_screen=too_slow, after_scores=too_bad, answered=lost)
 
 

@@ -39,7 +39,8 @@ class QuantizeDynamic(Technique):
 
     @classmethod
     def choices(cls, model: Model, machine: Machine) -> Iterable[QuantizeDynamic]:
-        return [cls(narrow=not machine.int8 and not machine.has("neon"))]
+        narrow = not machine.int8 and not machine.has("neon")
+        return [cls(narrow=narrow), cls(per_channel=False, narrow=narrow)]  # the second is a little faster for some
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
         return refuse_onnx(model, KINDS, self.name)

@@ -193,5 +193,6 @@ def _answers(graph: Any, rows: Samples, signature: Signature) -> Answers:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # sessions come and go, one per layer
     session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
     return [session.run(None, feed) for feed in feeds(rows, signature)]

@@ -296,8 +296,10 @@ def _fingerprint(model: Model) -> Any:
     """What must not change when a model is compiled."""
     if model.form in (Form.ONNX, Form.OPENVINO):
         return Artifact.gather(Path(model.content).parent)
+    if model.form is Form.EXPORTED:
+        return {k: to_numpy(v).tobytes() for k, v in model.content.state_dict.items()}, str(model.content.graph)
     state = {k: to_numpy(v).tobytes() for k, v in model.content.state_dict().items()}
-    return state, model.content.training if model.form is Form.TORCH else None
+    return state, model.content.training
 
 
 # --- the models -------------------------------------------------------------------------------------------------
