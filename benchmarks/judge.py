@@ -16,7 +16,7 @@ from accelerando.interval import paired_bootstrap, quantile_interval
 from accelerando.machine import Machine
 from accelerando.measure.child import Child
 from accelerando.measure.clock import time_block
-from accelerando.measure.rounds import SELECT, duel
+from accelerando.measure.rounds import SELECT, Effort, duel
 from benchmarks.results import record, table
 
 DUELS = int(os.environ.get("ACCELERANDO_BENCH_DUELS", "200"))
@@ -62,19 +62,22 @@ class Arm:
         return self.child.call(_block, seconds, timeout=timeout)
 
 
-def duels(count: int, slower: float) -> list[Any]:
+def duels(count: int, slower: float, effort: Effort = SELECT) -> list[Any]:
     """The speedup's interval of `count` duels between fresh processes."""
     cores, found = Machine.look().cores, []
     for seed in range(count):
         candidate, original = Arm.of(slower), Arm.of(1.0)
-        found.append(duel(candidate, original, SELECT, cores=cores, seed=seed).speedup)
+        found.append(duel(candidate, original, effort, cores=cores, seed=seed).speedup)
         candidate.child.close()
         original.child.close()
     return found
 
 
-def losses(count: int, rows: int = 6000, base: float = 0.95, loss: float = 0.01, churn: float = 0.02) -> float:
-    """The share of `count` candidates, one point worse on `rows` samples, whose drop is seen to be above 0."""
+def losses(count: int, rows: int = 6000, base: float = 0.95, loss: float = 0.01, churn: float = 0.015) -> float:
+    """The share of `count` candidates, one point worse on `rows` samples, whose drop is seen to be above 0.
+
+    Besides the loss, `churn` of the answers turn from right to wrong, and as many from wrong to right.
+    """
     seen = 0
     for seed in range(count):
         rng = np.random.default_rng(seed)

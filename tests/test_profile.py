@@ -20,13 +20,13 @@ from accelerando.interval import Interval
 from accelerando.machine import Machine
 from accelerando.profile.ceilings import Ceiling, Ceilings, _threads
 from accelerando.profile.growth import Curve, Growth
-from accelerando.profile.remedies import helps, hints
 from accelerando.profile.layers import Layer, Look, rows_of
 from accelerando.profile.modules import Modules
 from accelerando.profile.nodes import Nodes
 from accelerando.profile.operations import count
 from accelerando.profile.portrait import Profile
 from accelerando.profile.products import node_flops
+from accelerando.profile.remedies import helps, hints
 from accelerando.profile.roofline import Bound, Roofs, least_seconds, stand
 from accelerando.report.profile_text import render
 from accelerando.workload import Form, Model
@@ -516,6 +516,12 @@ class TestProfile:
 
 class TestSabotage:
     """Break a judge, expect the alarm."""
+
+    @pytest.mark.parametrize(("noise", "doubted"), [(0.01, False), (1.5, True)])
+    def test_noise_that_hides_the_growth_is_admitted(self, noise: float, doubted: bool) -> None:
+        sizes, values = planted(0.0, 1e-3, 1.0, noise, seed=5)
+        growth = Growth(tuple(sizes), tuple(tuple(v[:6]) for v in values), tuple(sizes), "256 rows were enough")
+        assert any("too busy" in words for words in growth.words()) is doubted
 
     def test_a_time_outside_the_layers_is_not_hidden(self) -> None:
         class Slow(nn.Module):

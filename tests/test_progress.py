@@ -8,13 +8,13 @@ import sys
 from typing import Any
 
 import pytest
+from reported import BEST, HOSTILE, ORIGINAL, PLAIN
+from reported import refused as turn_away
+from reported import verified as a_trial
 from rich.console import Console
 
 from accelerando.errors import Reason
 from accelerando.report.progress import Progress, Quiet, Watcher
-from reported import BEST, HOSTILE, ORIGINAL, PLAIN
-from reported import refused as turn_away
-from reported import verified as a_trial
 
 
 class Clock:

@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from reported import BEST, ENTROPY, INT8, ORIGINAL, PLAIN, Onnxruntime, QuantizeStatic, X
+from reported import bundle as a_bundle
+from reported import refused as turn_away
+from reported import trials as a_search
+from reported import verified as a_trial
 from rich.console import Console
 
 from accelerando.bundle import Bundle
@@ -27,11 +32,6 @@ from accelerando.report.story import Story, parts
 from accelerando.testing.bundles import write_bundle
 from accelerando.testing.fakes import FakeBackend, FakeTechnique, fake_evidence, fakes_known
 from accelerando.trial import Trial
-from reported import BEST, ENTROPY, INT8, ORIGINAL, PLAIN, Onnxruntime, QuantizeStatic, X
-from reported import bundle as a_bundle
-from reported import refused as turn_away
-from reported import trials as a_search
-from reported import verified as a_trial
 
 # --- words ------------------------------------------------------------------------------------------------------
 

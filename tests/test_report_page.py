@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from reported import ORIGINAL, PLAIN
+from reported import bundle as a_bundle
+from reported import refused as turn_away
+from reported import verified as a_trial
 
 from accelerando.errors import MissingExtraError, Reason
 from accelerando.interval import Interval
@@ -23,10 +27,6 @@ from accelerando.report import layers, page, plots
 from accelerando.report.elements import el, raw, to_html
 from accelerando.report.plane import picture
 from accelerando.report.story import Story
-from reported import ORIGINAL, PLAIN
-from reported import bundle as a_bundle
-from reported import refused as turn_away
-from reported import verified as a_trial
 
 LOADS = {"src", "srcset", "poster", "data", "action", "formaction", "background", "ping", "manifest"}
 

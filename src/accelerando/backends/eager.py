@@ -73,7 +73,7 @@ class Eager(Backend):
                     tensors[name] = tensor.detach().clone().contiguous()
                 else:
                     shared[name] = first
-            save_file(tensors, folder / "weights.safetensors", metadata=shared)
+            save_file(tensors, folder / "weights.safetensors", metadata=shared or None)
         except (ValueError, RuntimeError, KeyError, NotImplementedError) as error:
             raise RefusalError(Reason.UNSUPPORTED, f"its weights can't be written: {error}") from error
         return Artifact.gather(folder)
@@ -139,10 +139,8 @@ class _Module(Runner):
         tensors = [self._torch.from_numpy(np.array(x)) for x in leaves]
         try:
             answer = self._answer(tensors)
-        except RuntimeError as error:
-            if "inference" not in str(error).lower():
-                raise
-            self._guard = self._torch.no_grad  # it takes gradients inside, as models of forces do
+        except RuntimeError:
+            self._guard = self._torch.no_grad  # it may take gradients inside, as models of forces do
             tensors = [self._torch.from_numpy(np.array(x)) for x in leaves]
             answer = self._answer(tensors)
         self._copies = any(t._version for t in tensors)

@@ -84,9 +84,11 @@ class Onnxruntime(Backend):
             RefusalError: ONNX Runtime does not take the model, or its batch can't be fixed.
         """
         path = folder / "model.onnx"
-        _copy(Path(model.content), path)
         try:
+            _copy(Path(model.content), path)
             session = self._session(path, unoptimized=True)
+        except RefusalError:
+            raise
         except Exception as error:
             raise RefusalError(Reason.UNSUPPORTED, f"ONNX Runtime does not take it: {error}") from error
         _ports(session, model.signature)

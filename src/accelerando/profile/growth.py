@@ -20,6 +20,7 @@ MOST_VISITS = 200
 RESAMPLES = 400
 EXPONENTS = np.arange(0, 3.001, 0.01)
 FEW_VISITS = 5
+VAGUE = 1.5  # between the ends of an interval that answers nothing
 LEAST_BATCHES = 4  # fewer can't tell the fixed cost from the exponent: worth some overtime on a busy machine
 
 
@@ -167,6 +168,8 @@ class Growth:
             f"{m.doubling.mid:.2f}",
             f"a row is cheapest from batch {self.best_batch} on: {gain:.2f}x as many rows per second as one by one",
         ]
+        if t.doubling.high > VAGUE * t.doubling.low:
+            found.append("doubt: the machine was too busy, or the time too short, to tell how the time grows")
         if len(self.seconds[0]) <= FEW_VISITS:
             found.append("doubt: every batch was timed in one go, so a drift of the machine looks like growth")
         return tuple(found)

@@ -12,8 +12,8 @@ from accelerando.interval import Interval
 from accelerando.machine import Machine
 from accelerando.profile.ceilings import Ceilings
 from accelerando.profile.growth import Growth
-from accelerando.profile.remedies import Help, Hint, helps, hints
 from accelerando.profile.layers import Layer, Look, Subject
+from accelerando.profile.remedies import Help, Hint, helps, hints
 from accelerando.profile.roofline import Roofs, Standing, least_seconds, least_seconds_int8, stand
 from accelerando.workload import Form, Model, Samples
 

@@ -112,7 +112,7 @@ def not_native(machine: Machine, name: str) -> tuple[str, ...]:
 
 def _own_weights(graph: Any) -> None:
     """Give each heavy layer a weight of its own: the quantizers change a shared one twice."""
-    weights, seen = {w.name: w for w in graph.initializer}, set()
+    weights, seen = {w.name: w for w in graph.initializer}, set[str]()
     for node in graph.node:
         for slot, name in enumerate(node.input):
             if slot == 0 or node.op_type not in HEAVY or name not in weights:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
@@ -54,18 +54,15 @@ class QuantizeWeightsNncf(Technique):
                 result = nncf.compress_weights(source, mode=nncf.CompressWeightsMode(MODES[self.mode]))
         except Exception as error:
             raise RefusalError(Reason.UNSUPPORTED, f"NNCF: {first_lines(error)}") from error
-        done = sum(_bytes_inside(node) for node in result.get_ops())
+        done = sum(_is_weight(node) for node in result.get_ops())
         if not done:
             raise RefusalError(Reason.NOTHING_TO_DO, "NNCF found no weights that it can compress")
         line = counted(done, [], self.name, f"weights only, {self.mode}, a scale per channel")
         return model.changed(Form.OPENVINO, save_openvino(result, folder), line)
 
 
-def _bytes_inside(node: object) -> bool:
+def _is_weight(node: Any) -> bool:
     """Whether a node is a weight of 8 bits, and not the offset beside one."""
-    if node.get_type_name() != "Constant" or str(node.get_element_type()) not in (  # type: ignore[attr-defined]
-        "<Type: 'uint8_t'>",
-        "<Type: 'int8_t'>",
-    ):
+    if node.get_type_name() != "Constant" or "zero_point" in node.get_friendly_name():
         return False
-    return "zero_point" not in node.get_friendly_name()  # type: ignore[attr-defined]
+    return node.get_element_type().to_dtype() in ("int8", "uint8")

@@ -1,0 +1,150 @@
+"""The command line: what it prints, what it writes, and its exit status."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from accelerando import cli
+from accelerando.backends.onnxruntime import Onnxruntime
+from accelerando.recipe import Recipe
+from accelerando.signature import Port, Signature
+from accelerando.testing.bundles import write_bundle
+
+SIGNATURE = Signature(
+    (Port("x", "float32", ("batch", 16)),), (Port("logits", "float32", ("batch", 4)),), ("x",), 1,
+    {"x": {"leaf": 0}}, {"leaf": 0},
+)  # fmt: skip
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, onnx_model: Path) -> Path:
+    recipes = [Recipe((), Onnxruntime()), Recipe((), Onnxruntime(threads=1))]
+    rows = [np.random.default_rng(0).standard_normal((4, 16)).astype(np.float32)]
+    write_bundle(tmp_path / "bundle", recipes=recipes, content=onnx_model, signature=SIGNATURE, inputs=rows)
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    """Run a command line; gives status, output and errors."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["accelerando", *map(str, words)])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        out = capsys.readouterr()
+        return int(left.value.code or 0), out.out, out.err
+
+    return run
+
+
+COMMANDS = ("demo", "optimize", "profile", "report", "bench", "verify", "run", "doctor")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_explains_itself(call, command: str) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call(command, "--help")
+    assert status == 0
+    assert "Usage" in out
+
+
+def test_report_shows_the_bundle_and_writes_the_page(call, bundle: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("report", bundle, "--html", tmp_path / "page.html")
+    assert status == 0
+    assert "The ladder" in out
+    assert "<html" in (tmp_path / "page.html").read_text()
+
+
+def test_verify_says_what_it_looked_at_and_fails_on_a_changed_file(call, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("verify", bundle)
+    assert status == 0
+    assert "parity" in out
+    victim = next(bundle.glob("rungs/*/model.onnx"))
+    victim.write_bytes(victim.read_bytes()[:-1] + b"?")
+    status, _, err = call("verify", bundle)
+    assert status == 3
+    assert "hash" in err
+
+
+def test_run_answers_a_file_of_inputs(call, bundle: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    x = np.zeros((3, 16), np.float32)
+    np.savez(tmp_path / "in.npz", x=x)
+    status, _, _ = call("run", bundle, tmp_path / "in.npz", "--out", tmp_path / "out.npz")
+    assert status == 0
+    with np.load(tmp_path / "out.npz") as out:
+        assert out["logits"].shape == (3, 4)
+
+
+def test_run_says_which_input_is_missing(call, tmp_path: Path, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+    np.savez(tmp_path / "in.npz", a=np.zeros(3), b=np.zeros(3))
+    status, _, err = call("run", bundle, tmp_path / "in.npz", "--out", tmp_path / "out.npz")
+    assert status == 2
+    assert "the model takes x" in err
+
+
+def test_objects_in_a_file_of_inputs_are_never_unpickled(call, tmp_path: Path, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+    np.savez(tmp_path / "in.npz", x=np.array([{"a": 1}], dtype=object))
+    status, _, err = call("run", bundle, tmp_path / "in.npz", "--out", tmp_path / "out.npz")
+    assert status == 2
+    assert "plain arrays" in err
+
+
+@pytest.mark.slow
+def test_bench_measures_again(call, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("bench", bundle)
+    assert status == 0
+    assert out.count("ONNX Runtime") == 2
+    assert "was" in out
+
+
+def test_doctor_names_the_machine_and_every_plugin(call) -> None:  # type: ignore[no-untyped-def]
+    status, out, _ = call("doctor")
+    assert status == 0
+    for word in ("cores", "backend onnxruntime", "technique export_onnx", "torch"):
+        assert word in out
+
+
+def test_what_is_not_a_bundle_is_said(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    status, _, err = call("report", tmp_path)
+    assert status == 3
+    assert "not-a-bundle" in err
+
+
+def test_a_target_that_is_not_there_does_not_import_or_fails_is_one_line(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "broken_module.py").write_text("import no_such_thing\n")
+    (tmp_path / "fine_module.py").write_text("def build():\n    raise RuntimeError('no weights')\n")
+    for target, words in (
+        ("nowhere.py:build", "is not a file"),
+        (f"{tmp_path}/broken_module.py:build", "no_such_thing"),
+        (f"{tmp_path}/fine_module.py:construct", "it has build"),
+        (f"{tmp_path}/fine_module.py:build", "no weights"),
+        ("model", "FILE.py:FUNCTION"),
+    ):
+        status, out, err = call("optimize", target, "--data", "rows.npz", "--into", tmp_path / "b", "--quiet")
+        assert status == 2
+        assert words in err
+        assert "Traceback" not in out + err
+
+
+def test_a_folder_with_a_search_is_not_gone_on_with_unasked(call, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+    status, _, err = call("optimize", "model.onnx", "--data", "rows.npz", "--into", bundle)
+    assert status == 2
+    assert "--resume" in err
+
+
+@pytest.mark.slow
+def test_optimize_a_model_from_the_command_line(call, tmp_path: Path, onnx_model: Path) -> None:  # type: ignore[no-untyped-def]
+    rng = np.random.default_rng(0)
+    np.savez(tmp_path / "rows.npz", x=rng.standard_normal((100, 16)).astype(np.float32))
+    status, out, err = call(
+        "optimize", onnx_model, "--data", tmp_path / "rows.npz", "--goal", "drop <= 1%", "--budget", "25s",
+        "--into", tmp_path / "b", "--html", tmp_path / "page.html",
+    )  # fmt: skip
+    assert status == 0
+    assert "The ladder" in out
+    assert "best so far" in err or "tried" in err
+    assert (tmp_path / "page.html").exists()
