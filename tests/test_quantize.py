@@ -371,6 +371,17 @@ def test_choices_fit_the_processor() -> None:
     assert next(iter(QuantizeStatic.choices(onnx_model, capable()))) == QuantizeStatic()
 
 
+@pytest.mark.slow
+def test_smoothing_is_for_transformers(ready: Any, tmp_path: Path) -> None:
+    refusal = QuantizeNncf(smooth=True).refuse(ready("net")[1], capable())
+    assert refusal is not None
+    assert "attention" in refusal.detail
+    _, original, data = ready("attentive")
+    assert QuantizeNncf(smooth=True).refuse(original, capable()) is None
+    made = QuantizeNncf(smooth=True).apply(original, data, tmp_path)
+    assert error(original, made, "attentive") < 0.5
+
+
 # --- the ranking -------------------------------------------------------------------------------------------------
 
 

@@ -40,7 +40,13 @@ JOURNAL_BYTES = 2**30
 TRIAL = Open({"recipe": {"steps": [law.PARTS], "backend": law.PARTS}, "seconds": Number(0, 1e9, float), "log": [str]})
 OUTCOMES = {
     "verified": {"artifact": [law.FILE], "evidence": law.EVIDENCE},
-    "refused": {"reason": str, "detail": str, "evidence": Maybe(law.EVIDENCE)},
+    "refused": {
+        "reason": str,
+        "detail": str,
+        "step": Maybe(Number(0, 1000, int)),
+        "evidence": Maybe(law.EVIDENCE),
+        "speedup": Maybe(law.INTERVAL),
+    },
 }
 
 

@@ -102,7 +102,7 @@ class Machine:
     def to_json(self) -> dict[str, Any]:
         data = asdict(self)
         data["caches"], data["versions"] = dict(self.caches), dict(self.versions)
-        return json.loads(json.dumps(data))  # type: ignore[no-any-return]
+        return json.loads(json.dumps(data))
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Machine:

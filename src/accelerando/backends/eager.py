@@ -121,7 +121,7 @@ class _Module(Runner):
             return self._first(leaves)
         from_numpy = self._torch.from_numpy
         owned = not self._copies
-        tensors = [from_numpy(x if owned and x.flags.writeable else np.array(x)) for x in leaves]
+        tensors = [from_numpy(x if owned and x.flags.carray else np.array(x, order="C")) for x in leaves]
         return self._answer(tensors)
 
     def _answer(self, tensors: list[Any]) -> list[Array]:
@@ -131,8 +131,8 @@ class _Module(Runner):
         with self._guard():
             answer = self._call(tensors)
         if isinstance(answer, self._torch.Tensor):
-            return [to_numpy(answer)]
-        return [to_numpy(x) for x in flatten(answer)[0]]
+            return [_array(answer)]
+        return [_array(x) for x in flatten(answer)[0]]
 
     def _first(self, leaves: Sequence[Array]) -> list[Array]:
         """Answer from copies, and see what the module does to them."""
@@ -158,6 +158,14 @@ def _caller(module: Any, signature: Signature) -> Callable[[list[Any]], Any]:
         return module(*args, **kwargs)
 
     return call
+
+
+def _array(tensor: Any) -> Array:
+    """A tensor's array, by the shortest way there is."""
+    try:
+        return tensor.numpy()
+    except (RuntimeError, TypeError, AttributeError):  # it has a gradient, or a type that numpy lacks
+        return to_numpy(tensor)
 
 
 def _tensors_of(module: Any) -> dict[str, Any]:

@@ -129,8 +129,8 @@ def _explore(space: Space, history: History, goal: Goal, best: Trial | None, bud
 
 
 def _candidates(space: Space, history: History) -> list[Recipe]:
-    """Every untried recipe one step from what is known: the defaults of each route, the neighbours of what was
-    verified, and a route's defaults with the settings that served best elsewhere."""
+    """Every untried recipe one step from what is known: the defaults of each route, the neighbours of what ran,
+    and a route's defaults with the settings that served best elsewhere."""
     pool: dict[str, Recipe] = {}
     ranked = sorted(history.verified, key=lambda t: -_speed(t.evidence))
     settings: dict[str, object] = {}
@@ -141,7 +141,8 @@ def _candidates(space: Space, history: History) -> list[Recipe]:
         borrowed = [settings.get(c[0].name, c[0]) for c in route.choices]
         for recipe in (route.default, route.recipe(borrowed)):  # type: ignore[arg-type]
             pool.setdefault(recipe.key, recipe)
-    for trial in ranked:
+    too_slow = [t for t in history.last.values() if isinstance(t.outcome, Refused) and t.outcome.speedup]
+    for trial in (*ranked, *too_slow):
         if route_ := space.route_of(trial.recipe):
             for recipe in route_.neighbours(trial.recipe):
                 pool.setdefault(recipe.key, recipe)

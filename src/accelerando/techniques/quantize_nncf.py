@@ -30,11 +30,14 @@ class QuantizeNncf(Technique):
     Args:
         preset: `performance` (symmetric activations) or `mixed` (asymmetric ones: more accurate, seldom slower).
         keep: the share of the heavy layers to keep in float, the most sensitive ones by measurement.
+        smooth: move the outliers of a transformer's activations into its weights first (SmoothQuant).  It is for
+            large models with outliers: on small ones without, its own error is larger than what it saves.
         fast_bias_correction: estimate the shift of each output from a few rows; off: from all, in many minutes.
     """
 
     preset: str = "mixed"
     keep: float = 0.0
+    smooth: bool = False
     fast_bias_correction: bool = True
 
     takes: ClassVar[Form] = Form.OPENVINO
@@ -50,7 +53,15 @@ class QuantizeNncf(Technique):
 
     @classmethod
     def choices(cls, model: Model, machine: Machine) -> Iterable[QuantizeNncf]:
-        return [cls(), cls(preset="performance"), cls(keep=0.05), cls(keep=0.15), cls(keep=0.3)]
+        torch_modules = model.content.modules() if model.form is Form.TORCH else ()
+        attentive = model.form is not Form.TORCH or any("Attention" in type(m).__name__ for m in torch_modules)
+        smooth = [cls(smooth=True)] if attentive else []
+        return [cls(), cls(preset="performance"), cls(keep=0.05), *smooth, cls(keep=0.15), cls(keep=0.3)]
+
+    def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
+        if self.smooth and model.form is Form.OPENVINO and not attends(read_openvino(Path(model.content))):
+            return RefusalError(Reason.NOTHING_TO_DO, "SmoothQuant is for transformers, and there is no attention")
+        return None
 
     def apply(self, model: Model, data: Samples, folder: Path) -> Model:
         path = Path(model.content)
@@ -93,8 +104,11 @@ class QuantizeNncf(Technique):
         """A quantized model; for a ranking, with the float weights still in it and no bias changed."""
         nncf = load_nncf()
         items, count = dataset(nncf, rows, signature)
+        alpha = 0.95 if self.smooth else -1  # NNCF's own default for products, or off
         advanced = nncf.AdvancedQuantizationParameters(
-            disable_bias_correction=ranking, backend_params={"compress_weights": not ranking}
+            disable_bias_correction=ranking,
+            backend_params={"compress_weights": not ranking},
+            smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=alpha),
         )
         with quiet():
             return nncf.quantize(
