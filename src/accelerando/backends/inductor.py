@@ -86,6 +86,7 @@ class Inductor(Backend):
             "max_autotune": self.max_autotune,
         }
         # Caches go where this build goes: a shared one would make the second build look cheap, and would stay.
+        # Only precompiled headers stay, where torch keeps them among temporary files: no model is in them.
         with tempfile.TemporaryDirectory(prefix="inductor-", dir=folder.parent) as cache, _quiet():
             try:
                 with fresh_cache(dir=cache):

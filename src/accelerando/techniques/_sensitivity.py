@@ -3,7 +3,7 @@
 One layer at a time is quantized, all others stay in float, and the error of the model's outputs on a few
 calibration rows is the layer's sensitivity; the worst are kept in float.  This is the sensitivity analysis of
 H. Wu et al., "Integer Quantization for Deep Learning Inference: Principles and Empirical Evaluation"
-(arXiv:2004.09602, section 4.2, partial quantization).  Two changes: the error is the normalized mean squared
+(arXiv:2004.09602, under partial quantization).  Two changes: the error is the normalized mean squared
 error of the outputs (as NNCF's accuracy control ranks) instead of the accuracy, for it needs no labels and is
 far less noisy on 24 rows; and the ranges are calibrated once for all layers.
 
