@@ -72,8 +72,8 @@ def export(model: Model, folder: Path) -> Path:
         shapes.append({i: dims.setdefault(a, torch.export.Dim(a, min=1, max=4096)) for i, a in named.items()})
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         torch.onnx.export(
-            flat_module(model), example, str(path), dynamo=True, dynamic_shapes=(tuple(shapes),), verbose=False,
-            input_names=[p.name for p in ports], output_names=[p.name for p in model.signature.outputs],
+            flat_module(model), example, str(path), dynamo=True, external_data=False, verbose=False,
+            dynamic_shapes=(tuple(shapes),), input_names=[p.name for p in ports], output_names=[p.name for p in model.signature.outputs],
         )  # fmt: skip
     return path
 

@@ -27,9 +27,7 @@ CALIBRATION_ROWS = 512  # more adds time and no accuracy to post-training quanti
 SELECT_SHARE = 0.4  # of what is judged; certify gets the rest, for the verdict stands on it
 
 
-def adopt(
-    model: Any, data: Any, train: Any = None, metric: str | Metric | Callable[[Any, Any], Any] | None = None
-) -> Workload:
+def adopt(model: Any, data: Any, train: Any = None, metric: str | Callable[[Any, Any], Any] | None = None) -> Workload:
     """Take in a model and data as a user has them.
 
     Args:
@@ -242,7 +240,7 @@ def _probe(call: Callable[..., Any], signature: Signature, rows: Samples) -> lis
 
 
 def _choose_metric(
-    metric: str | Metric | Callable[[Any, Any], Any] | None,
+    metric: str | Callable[[Any, Any], Any] | None,
     call: Callable[..., Any],
     signature: Signature,
     rows: Samples,
@@ -252,9 +250,7 @@ def _choose_metric(
     batch = next(rows.batches(step))
     answer = signature.answer([to_numpy(x) for x in _answer(call, signature, batch.inputs)[0]])
     notes = []
-    if isinstance(metric, Metric):
-        chosen = metric
-    elif isinstance(metric, str):
+    if isinstance(metric, str):
         chosen = metrics.named(metric)
     elif metric is not None:
         chosen = metrics.of_function(metric)

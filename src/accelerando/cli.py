@@ -95,7 +95,7 @@ def profile(
     from accelerando.report import profile_text
     from accelerando.targets import read_data, read_model
 
-    workload = adopt(read_model(model), read_data(data))
+    workload = adopt(read_model(model), read_data(data), metric="cosine")  # a profile judges nothing
     taken = Profile.take(workload.model, workload.select, Machine.look(), seconds=seconds)
     typer.echo(profile_text.render(taken.to_json()))
 
@@ -125,13 +125,13 @@ def bench(
     from accelerando.bundle import Bundle
     from accelerando.measure.again import bench_again, reference_of
     from accelerando.report import words
-    from accelerando.targets import call_target
+    from accelerando.targets import call_target, is_at_hand
 
     opened = Bundle.open(bundle)
     for difference in opened.differences():
         _say(f"not as when it was measured: {difference}")
     origin = model or opened.workload.get("origin")
-    original = call_target(origin) if origin and (model or Path(origin.partition(":")[0]).exists()) else None
+    original = call_target(origin) if origin and (model or is_at_hand(origin)) else None
     reference = reference_of(opened, original)
     if not reference.is_original:
         _say(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
+from accelerando.interval import Interval
 from accelerando.recipe import Artifact, Recipe
 from accelerando.trial import Evidence, Trial
 
@@ -26,6 +27,21 @@ class Rung:
     artifact: Artifact
     evidence: Evidence
     certified: bool = False
+
+    @property
+    def speedup(self) -> Interval:
+        """Times faster than the original."""
+        return self.evidence.speedup
+
+    @property
+    def drop(self) -> Interval:
+        """How much worse than the original, in the metric's own unit; negative where better."""
+        return self.evidence.drop
+
+    @property
+    def quality(self) -> Interval:
+        """The metric's value."""
+        return self.evidence.quality
 
     def better_than(self, other: Rung) -> bool:
         """Whether its quality is better by more than noise; where a is better than b and b than c, a is than c."""

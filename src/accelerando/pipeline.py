@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from accelerando.adoption import adopt
-from accelerando.errors import ModelError
+from accelerando.errors import MissingExtraError, ModelError
 from accelerando.goal import Goal
 from accelerando.machine import Machine
-from accelerando.metric import Metric
 from accelerando.plugins import discover
 from accelerando.recipe import Recipe
 from accelerando.report.progress import Progress, Quiet, Watcher
@@ -31,7 +31,7 @@ def accelerate(
     goal: str = "drop <= 1%",
     *,
     train: Any = None,
-    metric: str | Metric | Callable[[Any, Any], Any] | None = None,
+    metric: str | Callable[[Any, Any], Any] | None = None,
     budget: str | float = "6min",
     into: str | Path = "bundle",
     prefer: str | None = None,
@@ -68,12 +68,13 @@ def accelerate(
         UsageError: a mistake in the arguments; raised before any work.
         BundleError: the folder holds something else.
     """
+    _need_extra()
     asked, allowance = Goal.parse(goal, prefer), Budget.parse(budget)
     workload, machine = adopt(model, data, train=train, metric=metric), Machine.look()
     asked.check(workload.metric)
     if (fixed := workload.fixed_batch) is not None:
         asked = replace(asked, batch=fixed)
-    space = Space.plan(workload.model, machine, discover("techniques"), discover("backends"))
+    space = Space.plan(workload.model, machine, discover("techniques"), discover("backends"), asked.batch)
     watcher = _watcher(progress, allowance)
     with Site(into, workload, machine, asked, allowance, space.original, memory_limit, origin) as site, watcher:
         if site.finished is not None:
@@ -116,6 +117,13 @@ def _must_run(trial: Trial) -> None:
         raise ModelError(
             f"the original itself can't be measured: {trial.outcome.reason.happened}: {trial.outcome.detail}"
         )
+
+
+def _need_extra() -> None:
+    """Raises MissingExtraError, with the pip line, where what the search itself needs is not installed."""
+    missing = [name for name in ("cloudpickle", "onnx") if find_spec(name) is None]
+    if missing:
+        raise MissingExtraError(f"a search needs {', '.join(missing)}: pip install 'accelerando[optimize]'")
 
 
 def _best(history: tuple[Trial, ...], goal: Goal, original: Recipe) -> Trial | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 import traceback
 from pathlib import Path
@@ -57,6 +58,17 @@ def call_target(target: str) -> Any:
         return function()
     except Exception as error:
         raise UsageError(f"{target} failed: {_told(error)}") from error
+
+
+def is_at_hand(target: str) -> bool:
+    """Whether the file or module of a target is there.  Runs nothing of it."""
+    place = target.partition(":")[0]
+    if place.endswith((".py", ".onnx")):
+        return Path(place).is_file()
+    try:
+        return importlib.util.find_spec(place) is not None
+    except (ImportError, ValueError):
+        return False
 
 
 def read_model(target: str) -> Any:

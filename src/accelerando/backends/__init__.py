@@ -1,1 +1,1 @@
-"""backends."""
+"""Backends, one file each: what compiles and runs a model."""

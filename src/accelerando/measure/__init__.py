@@ -1,1 +1,1 @@
-"""measure."""
+"""Measuring: the one judge of speed, quality and memory."""

@@ -173,7 +173,7 @@ def _load(
     batch: int,
 ) -> float:
     batches = timed_batches(open_samples(Path(rows)), batch)
-    empty = memory.resident_bytes()
+    empty = memory.peak_bytes()
     start = time.perf_counter()
     plugin = plugin_from_json(find("backends", backend["name"]), backend)
     run = plugin.load(artifact, Path(folder), signature, skeleton)

@@ -1,1 +1,1 @@
-"""report."""
+"""Reports: on the terminal and as a page.  They never measure."""

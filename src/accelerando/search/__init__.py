@@ -1,1 +1,1 @@
-"""search."""
+"""The search: what to try, trying it, and certifying what was found."""

@@ -19,7 +19,7 @@ from accelerando.trial import Refused, Trial
 
 MOST_RUNGS = 6
 FALLBACKS = 3  # how many runners-up may take the place of a best that does not certify
-LEAST_SECONDS = 4.0  # under this a rung is not worth starting on
+LEAST_SECONDS = 4.0  # of duel, for those rungs that are certified whatever the budget says
 
 
 @dataclass
@@ -41,9 +41,10 @@ def certify(
 ) -> tuple[Ladder, Rung, Certificate]:
     """The certified ladder, and its best rung.
 
-    The order is fixed before anything is measured: the original, the best by the select split, its runners-up
-    only while no best has met the goal, then the other rungs as long as time lasts.  The best is the first of that
-    order that meets the goal, so that it is not picked for its luck on the certify split.
+    The order is fixed before anything is measured: the best by the select split, the original, and then the other
+    rungs as long as time lasts; while no best has met the goal, its runners-up come first.  The best is the first of
+    that order that meets the goal, so that it is not picked for its luck on the certify split.  The best and the
+    original are certified whatever the budget says, for without them there is nothing to show.
 
     Returns:
         The ladder, the best rung, and the certificate.
@@ -51,34 +52,31 @@ def certify(
     Raises:
         RefusalError: the original itself can't be measured any more.
     """
-    goal, done = grounds.goal, Certificate()
+    goal, done, best = grounds.goal, Certificate(), None
     verified = {t.recipe.key: t for t in history if t.verified}
-    first = verified[original.key]
     ranked = sorted(verified.values(), key=lambda t: goal.merit(t.evidence), reverse=True)  # type: ignore[arg-type]
-    ladder = Ladder.climb(list(verified.values()), original)
+    ladder = Ladder.climb(list(verified.values()), original, keep=ranked[0].recipe)
     others = [verified[r.recipe.key] for r in reversed(ladder.rungs)]
-    queue = _unique([first, ranked[0], *others])[:MOST_RUNGS]
-    best: Rung | None = None
-    waiting = [t for t in ranked[1 : 1 + FALLBACKS] if t.recipe.key != original.key]
+    must = {ranked[0].recipe.key, original.key}
+    queue = _unique([ranked[0], verified[original.key], *others])[:MOST_RUNGS]
+    runners_up = [t for t in ranked[1 : 1 + FALLBACKS] if t.recipe.key != original.key]
+    took = 0.0
     while queue:
         trial = queue.pop(0)
-        if budget.left < LEAST_SECONDS and trial is not first:
+        if trial.recipe.key not in must and budget.left < took:
             break
         doing(trial.recipe, "certifying")
-        rung = _certify(trial, grounds, probe, done, budget.left / (len(queue) + 1))
-        if rung is None:
-            if trial is first:
-                raise RefusalError(Reason.CRASHED, done.failed[-1].outcome.detail)  # type: ignore[union-attr]
-            queue = _unique([*waiting[:1], *queue])
-            waiting = waiting[1:]
-            continue
-        if best is None and trial is not first:
-            if goal.judge(rung.evidence).outcome is Outcome.MET:
-                best = rung
-            elif waiting and trial in ranked[: 1 + FALLBACKS]:
-                queue = _unique([waiting[0], *queue])
-                waiting = waiting[1:]
+        before = budget.used
+        share = 0.5 if trial is ranked[0] else 1 / (len(queue) + 1)
+        rung = _certify(trial, grounds, probe, done, budget.left * share)
+        took = budget.used - before
+        if rung is not None and best is None and goal.judge(rung.evidence).outcome is Outcome.MET:
+            best = rung
+        elif best is None and trial.recipe != original and runners_up:
+            queue = _unique([*queue[:1], runners_up.pop(0), *queue[1:]])
     rungs = list(done.rungs.values())
+    if original.key not in done.rungs:
+        raise RefusalError(Reason.CRASHED, str(done.failed[-1].outcome))
     best = best or max(rungs, key=lambda r: goal.merit(r.evidence))
     return Ladder.of(rungs, original, keep=best.recipe), best, done
 
@@ -114,9 +112,10 @@ def _certify(
 
 def _effort(goal: Goal, seconds: float) -> Effort:
     """As many rounds as fit, between the least and the most that certifying asks for."""
-    rounds = int(seconds * 0.6 / (2 * CERTIFY.block_seconds))
+    seconds = max(seconds * 0.7, LEAST_SECONDS)
+    rounds = int(seconds / (2 * CERTIFY.block_seconds))
     most = min(CERTIFY.most, max(CERTIFY.least, rounds))
-    return replace(CERTIFY, most=most, calls=goal.samples_needed, seconds=seconds * 0.7)
+    return replace(CERTIFY, most=most, calls=goal.samples_needed, seconds=seconds)
 
 
 def _unique(trials: Sequence[Trial]) -> list[Trial]:

@@ -1,9 +1,9 @@
 """What to try next: history in, proposal out, no state.  So a search can be resumed and replayed.
 
-Explore while there is time: of all recipes that are one step from what is known, take the one that promises
-most for its cost, where the promise is the expected gain in speed times the probability that quality holds
-(Gardner et al. 2014, constrained expected improvement).  Then race: measure again whatever can't be told from the
-best, the least measured first.
+Explore while there is time: every technique and backend gets its first trial before any gets its second; after
+that, of all recipes that are one step from what is known, the one that promises most for its cost, where the
+promise is the expected gain in speed times the probability that quality holds (Gardner et al. 2014, constrained
+expected improvement).  Then race: measure again whatever can't be told from the best, the least measured first.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from accelerando.search.budget import Budget
 from accelerando.search.space import Space
 from accelerando.trial import Evidence, Refused, Trial
 
-LEAST_GAIN = 0.004  # expected gain in log speed under which exploring is over
+LEAST_GAIN = 0.008  # expected gain in log speed under which exploring is over
 LOSSLESS_DROP = 1e-3  # relative; under it a recipe counts as lossless
+NEW_SHARE = 0.25  # of the time left that trying something altogether new may take before its turn
 RACE_ROUNDS = 120  # enough is enough: what can't be told apart by then need not be
 BUILD_FAILURES = frozenset(Reason) - {Reason.TOO_SLOW, Reason.BELOW_QUALITY, Reason.TIMED_OUT}
 
@@ -83,6 +84,15 @@ class History:
         new = [p for p in (*recipe.steps, recipe.backend) if p.name not in done]
         return 5.0 + sum(p.typical_seconds for p in new)
 
+    def knows(self, recipe: Recipe) -> bool:
+        """Whether each technique and backend of a recipe was measured at least once, in whatever company."""
+        return {p.name for p in (*recipe.steps, recipe.backend)} <= self.measured
+
+    @cached_property
+    def measured(self) -> frozenset[str]:
+        seen = [t.recipe for t in self.last.values() if t.evidence or getattr(t.outcome, "speedup", None)]
+        return frozenset(p.name for r in seen for p in (*r.steps, r.backend))
+
     def doomed(self, recipe: Recipe) -> bool:
         """Whether a step that already failed would fail again: the same steps up to and with the one that did."""
         for trial in self.last.values():
@@ -124,8 +134,9 @@ def _explore(space: Space, history: History, goal: Goal, best: Trial | None, bud
             continue
         gain, why = _promise(recipe, history, goal, best)
         if gain >= LEAST_GAIN:
-            proposals.append((gain / seconds, recipe.key, Proposal(recipe, why)))
-    return max(proposals, key=lambda p: p[:2])[2] if proposals else None
+            new = seconds <= NEW_SHARE * budget.to_explore and not history.knows(recipe)
+            proposals.append((new, gain / seconds, recipe.key, Proposal(recipe, why)))
+    return max(proposals, key=lambda p: p[:3])[3] if proposals else None
 
 
 def _candidates(space: Space, history: History) -> list[Recipe]:
@@ -157,13 +168,14 @@ def _promise(recipe: Recipe, history: History, goal: Goal, best: Trial | None) -
     """The expected gain of trying a recipe, in log speed or what is worth as much, and in words."""
     mean, deviation = history.speed.about(recipe)
     drop, uncertainty = history.drop.about(recipe)
-    holds = probability((_allowed(goal) - drop) / uncertainty)
+    allowed = _allowed(goal, best.evidence if best else None)
+    holds = probability((allowed - drop) / uncertainty)
     fastest = max((_speed(t.evidence) for t in history.verified if _holds(t.evidence, goal)), default=1.0)
     gain = holds * expected_gain(mean, deviation, math.log(fastest))
     if best is not None and best.evidence is not None and goal.speed_bounds and not goal.wants_speed:
         asked = _asked_speedup(goal, best.evidence)
         reaches = probability((mean - math.log(asked)) / deviation)
-        lost = max(best.evidence.relative_drop.mid, 0.0) if _speed(best.evidence) >= asked else _allowed(goal)
+        lost = max(best.evidence.relative_drop.mid, 0.0) if _speed(best.evidence) >= asked else allowed
         better = expected_gain(-drop, uncertainty, -lost)  # less is lost than by the best so far
         gain = max(gain, reaches * min(better / 0.01, 1.0))
     return (
@@ -172,14 +184,15 @@ def _promise(recipe: Recipe, history: History, goal: Goal, best: Trial | None) -
     )
 
 
-def _allowed(goal: Goal) -> float:
-    """The relative drop that may be, for the belief: the goal's own where it is relative, else a usual one."""
-    relative = [b.value for b in goal.quality_bounds if b.quantity == "drop" and b.relative]
-    return min(relative, default=0.02)
+def _allowed(goal: Goal, best: Evidence | None) -> float:
+    """The relative drop that may be, for the belief: the goal's own, or a usual one where it bounds no drop."""
+    unit = max(abs(best.original_quality.mid), 1e-12) if best else 1.0
+    allowed = [b.value if b.relative else b.value / unit for b in goal.quality_bounds if b.quantity == "drop"]
+    return min(allowed, default=0.02)
 
 
 def _holds(evidence: Evidence | None, goal: Goal) -> bool:
-    return evidence is not None and evidence.relative_drop.mid <= _allowed(goal)
+    return evidence is not None and evidence.relative_drop.mid <= _allowed(goal, evidence)
 
 
 def _asked_speedup(goal: Goal, best: Evidence) -> float:

@@ -227,10 +227,15 @@ class Site:
         }
 
     def _command(self) -> str:
+        """How to do it again; `...` stands for what only the user has."""
         goal, budget = str(self.goal), f"{self.budget.seconds:.0f}s"
+        metric = self.workload.metric.name
         if self.origin:
-            return f'accelerando optimize {self.origin} --goal "{goal}" --budget {budget} --into {self.into}'
-        return f'accelerando.accelerate(model, data, goal="{goal}", budget="{budget}", into="{self.into}")'
+            what = f'accelerando optimize {self.origin} --data ... --metric {metric} --goal "{goal}"'
+            return f"{what} --budget {budget} --into {self.into} --resume"
+        call = f'accelerate(model, data, goal="{goal}", metric="{metric}", budget="{budget}"'
+        train = ", train=..." if self.workload.train is not None else ""
+        return f'accelerando.{call}{train}, into="{self.into}")'
 
     def _check_room(self) -> None:
         parent = next(p for p in (self.into, *self.into.resolve().parents) if p.exists())

@@ -7,7 +7,7 @@ never multiplied out.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -60,13 +60,15 @@ class Space:
         machine: Machine,
         techniques: Mapping[str, type[Technique]],
         backends: Mapping[str, type[Backend]],
+        batch: int = 1,
     ) -> Space:
         """Derive the routes from what techniques and backends declare.
 
-        At most one technique of a route quantizes; a backend that needs the user's own code takes no steps.
+        A backend's knob `batch`, where it has one, is set to the batch at which the goal asks for speed.  At most one
+        technique of a route quantizes; a backend that needs the user's own code takes no steps.
         """
         kinds: tuple[Any, ...] = (*techniques.values(), *backends.values())
-        settings = {kind: tuple(kind.choices(model, machine)) or (kind(),) for kind in kinds}
+        settings = {kind: _settings(kind, model, machine, batch) for kind in kinds}
         routes, away = [], []
         for steps in _chains(model.form, Stage.SHAPE, (), list(techniques.values())):
             form = steps[-1].gives if steps else model.form
@@ -96,6 +98,13 @@ class Space:
 
     def route_of(self, recipe: Recipe) -> Route | None:
         return self.by_names.get((*(s.name for s in recipe.steps), recipe.backend.name))
+
+
+def _settings(kind: Any, model: Model, machine: Machine, batch: int) -> tuple[Plugin, ...]:
+    """A plugin's choices, each once."""
+    choices = tuple(kind.choices(model, machine)) or (kind(),)
+    sized = (replace(c, batch=batch) if getattr(c, "batch", 0) else c for c in choices)
+    return tuple(dict.fromkeys(sized))
 
 
 def original_recipe(model: Model, backends: Mapping[str, type[Backend]]) -> Recipe:

@@ -1,1 +1,1 @@
-"""serve."""
+"""The runtime: what a bundle does once the search is over."""

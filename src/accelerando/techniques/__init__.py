@@ -1,1 +1,1 @@
-"""techniques."""
+"""Techniques, one file each: what changes a model."""

@@ -1,1 +1,1 @@
-"""testing."""
+"""Contract tests, fakes and sabotage, published for plugins of other packages."""
