@@ -71,9 +71,10 @@ def export(model: Model, folder: Path) -> Path:
         named = {i: a for i, a in enumerate(port.shape) if isinstance(a, str)}
         shapes.append({i: dims.setdefault(a, torch.export.Dim(a, min=1, max=4096)) for i, a in named.items()})
     with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        names, answers = [p.name for p in ports], [p.name for p in model.signature.outputs]
         torch.onnx.export(
             flat_module(model), example, str(path), dynamo=True, external_data=False, verbose=False,
-            dynamic_shapes=(tuple(shapes),), input_names=[p.name for p in ports], output_names=[p.name for p in model.signature.outputs],
+            dynamic_shapes=(tuple(shapes),), input_names=names, output_names=answers,
         )  # fmt: skip
     return path
 

@@ -216,7 +216,7 @@ def test_it_is_replayed_from_its_history() -> None:
 
 
 def test_at_the_end_it_measures_again_what_cannot_be_told_apart() -> None:
-    clock = Clock(300.0)
+    clock = Clock(350.0)
     twins = [r for r in EVERY if r.backend.name == "quick" and not any(s.name == "int8" for s in r.steps)][:2]
     trials = [outcome(SPACE.original, 0)]
     trials += [

@@ -16,7 +16,7 @@ import numpy as np
 
 from accelerando.interval import Floats
 from accelerando.measure import clock, memory, quality
-from accelerando.measure.child import Child
+from accelerando.measure.child import Child, empty_bytes
 from accelerando.metric import Metric
 from accelerando.plugins import find
 from accelerando.recipe import Artifact, Recipe, Runner, plugin_from_json
@@ -157,7 +157,6 @@ class _Loaded:
     run: Runner
     signature: Signature
     batches: list[tuple[Array, ...]]
-    empty_bytes: int
 
 
 _loaded: list[_Loaded] = []  # the one model that this process holds
@@ -173,14 +172,13 @@ def _load(
     batch: int,
 ) -> float:
     batches = timed_batches(open_samples(Path(rows)), batch)
-    empty = memory.peak_bytes()
     start = time.perf_counter()
     plugin = plugin_from_json(find("backends", backend["name"]), backend)
     run = plugin.load(artifact, Path(folder), signature, skeleton)
     outputs = run(batches[0])
     taken = time.perf_counter() - start
     quality.check(outputs, signature, batch)
-    _loaded.append(_Loaded(run, signature, batches, empty))
+    _loaded.append(_Loaded(run, signature, batches))
     return taken
 
 
@@ -189,7 +187,7 @@ def _block(seconds: float) -> Floats:
 
 
 def _peak() -> int:
-    return max(0, memory.peak_bytes() - _loaded[0].empty_bytes)
+    return max(0, memory.peak_bytes() - empty_bytes())
 
 
 def _scores(split: str, metric: Metric) -> Floats:

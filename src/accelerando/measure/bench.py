@@ -116,7 +116,7 @@ def examine(
             refusal.evidence, refusal.speedup = evidence, evidence.speedup
             raise refusal
         if effort.most > SCREEN.most:
-            rounds = duel(arm, original, effort, cores=cores, seed=seed + 1, answered=answered)
+            rounds += duel(arm, original, effort.after(SCREEN.most), cores=cores, seed=seed + 1, answered=answered)
             evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
         visit(arm)
     return evidence

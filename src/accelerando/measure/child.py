@@ -25,6 +25,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from accelerando.errors import AccelerandoError, Reason, RefusalError
+from accelerando.measure import memory
 
 POLL_SECONDS = 0.05
 LENGTH = struct.Struct("<Q")
@@ -175,8 +176,17 @@ class Child:
         return RefusalError(reason, f"{self.name} {how}{last}")
 
 
+_empty: list[int] = []
+
+
+def empty_bytes() -> int:
+    """What this child held when it began, before it was given anything."""
+    return _empty[0]
+
+
 def serve() -> None:
     """The child's side: answer calls until the pipe closes."""
+    _empty.append(memory.peak_bytes())
     receive, send = int(sys.argv[1]), int(sys.argv[2])
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed parent leaves nobody behind

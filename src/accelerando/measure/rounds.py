@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -53,9 +53,13 @@ class Effort:
     seconds: float = 15.0
     timeout: float = 60.0
 
+    def after(self, rounds: int) -> Effort:
+        """What is left of the effort when some rounds were fought already."""
+        return replace(self, least=max(2, self.least - rounds), most=self.most - rounds)
+
 
 SCREEN = Effort(least=6, most=6, block_seconds=0.1)
-SELECT = Effort(least=12, most=32, block_seconds=0.12, seconds=10.0)
+SELECT = Effort(least=8, most=16, block_seconds=0.1, narrow=0.04, seconds=10.0)
 CERTIFY = Effort(least=20, most=60, block_seconds=0.15)
 
 

@@ -11,8 +11,8 @@ from accelerando.errors import UsageError
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
 LEAST_SECONDS = 5.0
-CERTIFY_SHARE = 0.3  # of the whole, kept for the figures that are printed
-RACE_SHARE = 0.15  # of the whole, kept for telling the best apart
+CERTIFY_SHARE = 0.22  # of the whole, kept for the figures that are printed
+RACE_SHARE = 0.13  # of the whole, kept for telling the best apart
 
 
 @dataclass(frozen=True)

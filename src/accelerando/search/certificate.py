@@ -67,7 +67,7 @@ def certify(
             break
         doing(trial.recipe, "certifying")
         before = budget.used
-        share = 0.5 if trial is ranked[0] else 1 / (len(queue) + 1)
+        share = 0.5 if trial is ranked[0] else 1 / (len(queue) + 1) if trial.recipe != original else 0.0
         rung = _certify(trial, grounds, probe, done, budget.left * share)
         took = budget.used - before
         if rung is not None and best is None and goal.judge(rung.evidence).outcome is Outcome.MET:

@@ -23,7 +23,9 @@ from accelerando.trial import Evidence, Refused, Trial
 
 LEAST_GAIN = 0.008  # expected gain in log speed under which exploring is over
 LOSSLESS_DROP = 1e-3  # relative; under it a recipe counts as lossless
-NEW_SHARE = 0.25  # of the time left that trying something altogether new may take before its turn
+QUALITY_UNIT = 0.05  # relative drop that is worth as much as a factor e in speed, where quality is preferred
+MEASURING_SECONDS = 4.0  # what measuring takes, whatever it is
+NEW_SHARE = 0.4  # of the time left that trying something altogether new may take before its turn
 RACE_ROUNDS = 120  # enough is enough: what can't be told apart by then need not be
 BUILD_FAILURES = frozenset(Reason) - {Reason.TOO_SLOW, Reason.BELOW_QUALITY, Reason.TIMED_OUT}
 
@@ -82,7 +84,7 @@ class History:
             return sum(like) / len(like)
         done = {p.name for t in self.verified for p in t.recipe.steps}
         new = [p for p in (*recipe.steps, recipe.backend) if p.name not in done]
-        return 5.0 + sum(p.typical_seconds for p in new)
+        return MEASURING_SECONDS + sum(p.typical_seconds for p in new)
 
     def knows(self, recipe: Recipe) -> bool:
         """Whether each technique and backend of a recipe was measured at least once, in whatever company."""
@@ -177,7 +179,8 @@ def _promise(recipe: Recipe, history: History, goal: Goal, best: Trial | None) -
         reaches = probability((mean - math.log(asked)) / deviation)
         lost = max(best.evidence.relative_drop.mid, 0.0) if _speed(best.evidence) >= asked else allowed
         better = expected_gain(-drop, uncertainty, -lost)  # less is lost than by the best so far
-        gain = max(gain, reaches * min(better / 0.01, 1.0))
+        if lost > LOSSLESS_DROP:  # else there is nothing to win: nobody is believed to be better than the original
+            gain = max(gain, reaches * min(better, lost) / QUALITY_UNIT)
     return (
         gain,
         f"about {math.exp(mean):.1f}x expected ({math.exp(mean - deviation):.1f} to {math.exp(mean + deviation):.1f})",
