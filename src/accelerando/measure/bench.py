@@ -110,7 +110,9 @@ def examine(
         if refusal := after_screen(rounds.speedup):
             refusal.speedup = rounds.speedup
             raise refusal
-        scores = arm.scores(bench.data / split, bench.metric, bench.seconds_limit)
+        scores = bench.original_scores(split)
+        if subject.recipe.key != bench.original.recipe.key:  # its answers are those it is compared with
+            scores = arm.scores(bench.data / split, bench.metric, bench.seconds_limit)
         evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
         if refusal := after_scores(evidence):
             refusal.evidence, refusal.speedup = evidence, evidence.speedup
