@@ -193,7 +193,7 @@ def test_a_candidate_that_hangs_or_hoards_is_ended(bench, monkeypatch: pytest.Mo
 def test_the_gates_end_it_early_and_say_what_was_seen(bench) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(RefusalError) as caught:
         examine(
-            subject(bench.model, bench.tmp), bench, "select", QUICK,
+            subject(bench.model, bench.tmp, slower=1.01), bench, "select", QUICK,
             after_screen=lambda speedup: RefusalError(Reason.TOO_SLOW, "by order"),
         )  # fmt: skip
     assert caught.value.speedup is not None

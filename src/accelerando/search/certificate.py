@@ -78,7 +78,8 @@ def certify(
     if original.key not in done.rungs:
         raise RefusalError(Reason.CRASHED, str(done.failed[-1].outcome))
     best = best or max(rungs, key=lambda r: goal.merit(r.evidence))
-    return Ladder.of(rungs, original, keep=best.recipe), best, done
+    climbed = Ladder.of(rungs, original, keep=best.recipe)
+    return climbed, _on(climbed, best, goal), done
 
 
 def uncertified(history: Sequence[Trial], original: Recipe, goal: Goal) -> tuple[Ladder, Rung]:
@@ -87,6 +88,13 @@ def uncertified(history: Sequence[Trial], original: Recipe, goal: Goal) -> tuple
     best = max(verified.values(), key=lambda t: goal.merit(t.evidence))  # type: ignore[arg-type]
     ladder = Ladder.climb(list(verified.values()), original, keep=best.recipe)
     return ladder, ladder.rungs[ladder.best(goal.merit)]
+
+
+def _on(ladder: Ladder, best: Rung, goal: Goal) -> Rung:
+    """The best, if it has a rung: what is not clearly faster than the original has none, and the best that has one
+    takes its place."""
+    there = {r.recipe.key for r in ladder.rungs}
+    return best if best.recipe.key in there else ladder.rungs[ladder.best(goal.merit)]
 
 
 def _certify(
