@@ -130,9 +130,7 @@ def bench(toys: None, onnx_model: Path, labelled: tuple[np.ndarray, np.ndarray],
     for split in ("select", "certify"):
         save_samples(getattr(workload, split), tmp_path / "data" / split)
     original = subject(workload.model, tmp_path)
-    made = Bench(
-        original, workload.model.signature, workload.metric, tmp_path / "data", Machine.look(), 1, seconds_limit=20
-    )
+    made = Bench(original, workload.model.signature, workload.metric, tmp_path / "data", Machine.look(), 1)
     made.model, made.tmp = workload.model, tmp_path  # type: ignore[attr-defined]
     yield made
     made.close()
@@ -176,14 +174,12 @@ def test_a_faulty_candidate_is_refused_by_name(bench, fault: str, reason: Reason
     assert caught.value.reason is reason
 
 
-def test_a_candidate_that_hangs_or_hoards_is_ended(bench, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
-    from accelerando.measure import arm
-
-    monkeypatch.setattr(arm, "LOAD_SECONDS", 3.0)
+def test_a_candidate_that_hangs_or_hoards_is_ended(bench) -> None:  # type: ignore[no-untyped-def]
+    bench.patience = 3.0
     with pytest.raises(RefusalError) as caught:
         examine(subject(bench.model, bench.tmp, fault="hang"), bench, "select", QUICK)
     assert caught.value.reason is Reason.TIMED_OUT
-    monkeypatch.setattr(arm, "LOAD_SECONDS", 60.0)
+    bench.patience = 60.0
     bench.memory_limit = 1 * 2**30
     with pytest.raises(RefusalError) as caught:
         examine(subject(bench.model, bench.tmp, fault="memory"), bench, "select", QUICK)

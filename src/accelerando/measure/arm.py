@@ -51,6 +51,7 @@ class Arm:
         split: the split that its timed batches are drawn from.
         batch: rows per timed call.
         memory_limit: bytes, or None.
+        patience: seconds that loading and the first answer may take.
 
     Raises:
         RefusalError: it can't be loaded, or gives a wrong answer to its first batch.
@@ -64,6 +65,7 @@ class Arm:
         split: str,
         batch: int,
         memory_limit: int | None = None,
+        patience: float = LOAD_SECONDS,
     ) -> None:
         self.subject = subject
         self._child = Child(str(subject.recipe), memory_limit)
@@ -71,7 +73,7 @@ class Arm:
             backend = subject.recipe.backend.to_json()
             self.load_seconds: float = self._child.call(
                 _load, backend, subject.artifact, str(subject.folder), signature, subject.skeleton,
-                str(data / split), batch, timeout=LOAD_SECONDS,
+                str(data / split), batch, timeout=patience,
             )  # fmt: skip
         except BaseException:
             self._child.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 from accelerando.errors import RefusalError
 from accelerando.interval import Floats, Interval
 from accelerando.machine import Machine
-from accelerando.measure.arm import Arm, Subject
+from accelerando.measure.arm import LOAD_SECONDS, Arm, Subject
 from accelerando.measure.rounds import SCREEN, Effort, Rounds, duel
 from accelerando.metric import Metric
 from accelerando.signature import Signature
 from accelerando.trial import Evidence, thin
+
+ORIGINAL_SECONDS = 1800.0  # the original is given all the time that it takes to score a split
 
 ScreenGate = Callable[[Interval], "RefusalError | None"]
 ScoreGate = Callable[[Evidence], "RefusalError | None"]
@@ -31,7 +34,7 @@ class Bench:
         machine: this one.
         batch: rows per timed call.
         memory_limit: bytes that an arm may hold.
-        seconds_limit: how long one call of an arm may take.
+        patience: seconds that a candidate may take to load and to give its first answer.
     """
 
     original: Subject
@@ -41,8 +44,9 @@ class Bench:
     machine: Machine
     batch: int
     memory_limit: int | None = None
-    seconds_limit: float = 120.0
+    patience: float = LOAD_SECONDS
     _arm: Arm | None = field(default=None, repr=False)
+    _scoring_seconds: float = field(default=0.0, repr=False)
     _peak: int = field(default=0, repr=False)
     _scores: dict[str, Floats] = field(default_factory=dict, repr=False)
 
@@ -50,8 +54,8 @@ class Bench:
     def original_arm(self) -> Arm:
         """The original, loaded; it stays for all the duels to come."""
         if self._arm is None:
-            self._arm = self.arm(self.original, "select")
-            self._arm.block(0.1, self.seconds_limit)
+            self._arm = self.arm(self.original, "select", LOAD_SECONDS)
+            self._arm.block(0.1, LOAD_SECONDS)
             self._peak = self._arm.peak_bytes()  # now, before larger batches are scored
         return self._arm
 
@@ -59,14 +63,22 @@ class Bench:
     def original_peak_bytes(self) -> int:
         return self._peak
 
-    def arm(self, subject: Subject, split: str) -> Arm:
-        return Arm(subject, self.signature, self.data, split, self.batch, self.memory_limit)
+    def arm(self, subject: Subject, split: str, patience: float | None = None) -> Arm:
+        limit = self.patience if patience is None else patience
+        return Arm(subject, self.signature, self.data, split, self.batch, self.memory_limit, limit)
 
     def original_scores(self, split: str) -> Floats:
         """The original's per-sample statistics; asked once for each split."""
         if split not in self._scores:
-            self._scores[split] = self.original_arm.scores(self.data / split, self.metric, self.seconds_limit)
+            start = time.monotonic()
+            self._scores[split] = self.original_arm.scores(self.data / split, self.metric, ORIGINAL_SECONDS)
+            self._scoring_seconds = max(self._scoring_seconds, time.monotonic() - start)
         return self._scores[split]
+
+    @property
+    def scoring_limit(self) -> float:
+        """Seconds that a candidate may take to score a split: what takes thrice the original's is of no use."""
+        return LOAD_SECONDS / 4 + 3 * self._scoring_seconds
 
     def close(self) -> None:
         if self._arm is not None:
@@ -112,7 +124,7 @@ def examine(
             raise refusal
         scores = bench.original_scores(split)
         if subject.recipe.key != bench.original.recipe.key:  # its answers are those it is compared with
-            scores = arm.scores(bench.data / split, bench.metric, bench.seconds_limit)
+            scores = arm.scores(bench.data / split, bench.metric, bench.scoring_limit)
         evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
         if refusal := after_scores(evidence):
             refusal.evidence, refusal.speedup = evidence, evidence.speedup

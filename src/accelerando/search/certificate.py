@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from accelerando.errors import Reason, RefusalError
 from accelerando.goal import Goal, Outcome
 from accelerando.ladder import Ladder, Rung
-from accelerando.measure.arm import Arm
+from accelerando.measure.arm import LOAD_SECONDS, Arm
 from accelerando.measure.bench import examine
 from accelerando.measure.rounds import CERTIFY, Effort
 from accelerando.recipe import Recipe
@@ -105,7 +105,7 @@ def _certify(
     answers: list[Array] = []
 
     def ask(arm: Arm) -> None:
-        answers.extend(arm.answers(probe, grounds.bench.seconds_limit))
+        answers.extend(arm.answers(probe, LOAD_SECONDS))
 
     try:
         evidence = examine(subject, grounds.bench, "certify", _effort(grounds.goal, seconds), visit=ask, seed=1)

@@ -14,7 +14,7 @@ import numpy as np
 from accelerando.errors import Reason, RefusalError, UsageError
 from accelerando.goal import Goal, Outcome
 from accelerando.interval import Interval
-from accelerando.measure.arm import Subject
+from accelerando.measure.arm import LOAD_SECONDS, Subject
 from accelerando.measure.bench import Bench, examine
 from accelerando.measure.rounds import SELECT
 from accelerando.recipe import Artifact, File, Recipe
@@ -69,6 +69,8 @@ def attempt(
     recipe, start = proposal.recipe, time.monotonic()
     before = next((t for t in reversed(history) if t.recipe.key == recipe.key), None)
     log: tuple[str, ...] = ()
+    is_original = recipe.key == grounds.bench.original.recipe.key
+    grounds.bench.patience = LOAD_SECONDS if is_original else min(LOAD_SECONDS, max(10.0, 0.2 * seconds_left))
     try:
         if proposal.again and before and before.verified:
             doing("measuring again")
@@ -77,7 +79,7 @@ def attempt(
             outcome: Verified | Refused = Verified(artifact, merged(before.verified.evidence, more))
         else:
             doing("building")
-            built = _build(recipe, grounds, min(BUILD_SECONDS, max(30.0, seconds_left)))
+            built = _build(recipe, grounds, min(BUILD_SECONDS, max(20.0, 0.5 * seconds_left)))
             log = built.log
             doing("measuring")
             outcome = Verified(built.artifact, _examine(recipe, built.artifact, grounds, history))
