@@ -190,7 +190,7 @@ def test_the_gates_end_it_early_and_say_what_was_seen(bench) -> None:  # type: i
     with pytest.raises(RefusalError) as caught:
         examine(
             subject(bench.model, bench.tmp, slower=1.01), bench, "select", QUICK,
-            after_screen=lambda speedup: RefusalError(Reason.TOO_SLOW, "by order"),
+            after_screen=lambda rounds: RefusalError(Reason.TOO_SLOW, "by order"),
         )  # fmt: skip
     assert caught.value.speedup is not None
     assert caught.value.evidence is None

@@ -18,7 +18,7 @@ from accelerando.trial import Evidence, thin
 
 ORIGINAL_SECONDS = 1800.0  # the original is given all the time that it takes to score a split
 
-ScreenGate = Callable[[Interval], "RefusalError | None"]
+ScreenGate = Callable[[Rounds], "RefusalError | None"]
 ScoreGate = Callable[[Evidence], "RefusalError | None"]
 
 
@@ -92,7 +92,7 @@ def examine(
     split: str,
     effort: Effort,
     *,
-    after_screen: ScreenGate = lambda speedup: None,
+    after_screen: ScreenGate = lambda rounds: None,
     after_scores: ScoreGate = lambda evidence: None,
     answered: Callable[[Interval], bool] = lambda speedup: False,
     visit: Callable[[Arm], None] = lambda arm: None,
@@ -119,7 +119,7 @@ def examine(
         cores = bench.machine.cores
         rounds = duel(arm, original, SCREEN, cores=cores, seed=seed)
         peak = arm.peak_bytes()
-        if refusal := after_screen(rounds.speedup):
+        if refusal := after_screen(rounds):
             refusal.speedup = rounds.speedup
             raise refusal
         scores = bench.original_scores(split)

@@ -16,7 +16,7 @@ from accelerando.goal import Goal, Outcome
 from accelerando.interval import Interval
 from accelerando.measure.arm import LOAD_SECONDS, Subject
 from accelerando.measure.bench import Bench, examine
-from accelerando.measure.rounds import SELECT
+from accelerando.measure.rounds import SELECT, Rounds
 from accelerando.recipe import Artifact, File, Recipe
 from accelerando.search.proposal import LOSSLESS_DROP, Proposal
 from accelerando.search.workshop import Built, Workshop
@@ -131,8 +131,11 @@ def _examine(recipe: Recipe, artifact: Artifact, grounds: Grounds, history: tupl
         return examine(subject, bench, "select", SELECT)
     best = _best_lossless(history)
 
-    def too_slow(speedup: Interval) -> RefusalError | None:
-        if best is not None and best.evidence and speedup.high < best.evidence.speedup.low:
+    def too_slow(rounds: Rounds) -> RefusalError | None:
+        """Slower than the best by the ratio and by the clock: others' load moves each of them, and seldom both."""
+        speedup, seconds = rounds.speedup, float(np.median(rounds.seconds))
+        slower = best is not None and best.evidence and seconds > best.evidence.latency().high
+        if best is not None and best.evidence and slower and speedup.high < best.evidence.speedup.low:
             figure, other = f"{speedup.mid:.2f}x", best.evidence.speedup
             return RefusalError(
                 Reason.TOO_SLOW, f"{figure}, where {best.recipe} gives {other.mid:.2f}x and loses nothing"

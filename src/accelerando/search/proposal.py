@@ -26,6 +26,8 @@ LOSSLESS_DROP = 1e-3  # relative; under it a recipe counts as lossless
 QUALITY_UNIT = 0.05  # relative drop that is worth as much as a factor e in speed, where quality is preferred
 MEASURING_SECONDS = 4.0  # what measuring takes, whatever it is
 NEW_SHARE = 0.4  # of the time left that trying something altogether new may take before its turn
+BLURRED = 0.3  # relative width of the best's interval over which it is measured again at once
+SHARP_ROUNDS = 48
 RACE_ROUNDS = 120  # enough is enough: what can't be told apart by then need not be
 BUILD_FAILURES = frozenset(Reason) - {Reason.TOO_SLOW, Reason.BELOW_QUALITY, Reason.TIMED_OUT}
 
@@ -95,6 +97,11 @@ class History:
         seen = [t.recipe for t in self.last.values() if t.evidence or getattr(t.outcome, "speedup", None)]
         return frozenset(p.name for r in seen for p in (*r.steps, r.backend))
 
+    def blurred(self, trial: Trial) -> bool:
+        """Whether a trial's speedup is too uncertain to hold others against, and more rounds may still help."""
+        evidence = trial.evidence
+        return evidence is not None and evidence.speedup.width > BLURRED and len(evidence.rounds) < SHARP_ROUNDS
+
     def doomed(self, recipe: Recipe) -> bool:
         """Whether a step that already failed would fail again: the same steps up to and with the one that did."""
         for trial in self.last.values():
@@ -116,6 +123,8 @@ def ask(space: Space, trials: Sequence[Trial], goal: Goal, budget: Budget) -> Pr
     if space.original.key not in history.last:
         return Proposal(space.original, "the original, against which all is measured")
     best = leader(history.verified, goal)
+    if budget.to_race > 0 and best is not None and best.recipe != space.original and history.blurred(best):
+        return Proposal(best.recipe, "the best must be known well, for all others are held against it", again=True)
     if budget.to_explore > 0 and (found := _explore(space, history, goal, best, budget)):
         return found
     if budget.to_race > 0:
