@@ -29,7 +29,7 @@ def bundle(tmp_path: Path, onnx_model: Path) -> Path:
 
 
 @pytest.fixture
-def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Run a command line; gives status, output and errors."""
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -46,20 +46,20 @@ COMMANDS = ("demo", "optimize", "profile", "report", "bench", "verify", "run", "
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_each_command_explains_itself(call, command: str) -> None:  # type: ignore[no-untyped-def]
+def test_each_command_explains_itself(call, command: str) -> None:
     status, out, _ = call(command, "--help")
     assert status == 0
     assert "Usage" in out
 
 
-def test_report_shows_the_bundle_and_writes_the_page(call, bundle: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_report_shows_the_bundle_and_writes_the_page(call, bundle: Path, tmp_path: Path) -> None:
     status, out, _ = call("report", bundle, "--html", tmp_path / "page.html")
     assert status == 0
     assert "The ladder" in out
     assert "<html" in (tmp_path / "page.html").read_text()
 
 
-def test_verify_says_what_it_looked_at_and_fails_on_a_changed_file(call, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+def test_verify_says_what_it_looked_at_and_fails_on_a_changed_file(call, bundle: Path) -> None:
     status, out, _ = call("verify", bundle)
     assert status == 0
     assert "parity" in out
@@ -70,7 +70,7 @@ def test_verify_says_what_it_looked_at_and_fails_on_a_changed_file(call, bundle:
     assert "hash" in err
 
 
-def test_run_answers_a_file_of_inputs(call, bundle: Path, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_run_answers_a_file_of_inputs(call, bundle: Path, tmp_path: Path) -> None:
     x = np.zeros((3, 16), np.float32)
     np.savez(tmp_path / "in.npz", x=x)
     status, _, _ = call("run", bundle, tmp_path / "in.npz", "--out", tmp_path / "out.npz")
@@ -79,14 +79,14 @@ def test_run_answers_a_file_of_inputs(call, bundle: Path, tmp_path: Path) -> Non
         assert out["logits"].shape == (3, 4)
 
 
-def test_run_says_which_input_is_missing(call, tmp_path: Path, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+def test_run_says_which_input_is_missing(call, tmp_path: Path, bundle: Path) -> None:
     np.savez(tmp_path / "in.npz", a=np.zeros(3), b=np.zeros(3))
     status, _, err = call("run", bundle, tmp_path / "in.npz", "--out", tmp_path / "out.npz")
     assert status == 2
     assert "the model takes x" in err
 
 
-def test_objects_in_a_file_of_inputs_are_never_unpickled(call, tmp_path: Path, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+def test_objects_in_a_file_of_inputs_are_never_unpickled(call, tmp_path: Path, bundle: Path) -> None:
     np.savez(tmp_path / "in.npz", x=np.array([{"a": 1}], dtype=object))
     status, _, err = call("run", bundle, tmp_path / "in.npz", "--out", tmp_path / "out.npz")
     assert status == 2
@@ -94,27 +94,27 @@ def test_objects_in_a_file_of_inputs_are_never_unpickled(call, tmp_path: Path, b
 
 
 @pytest.mark.slow
-def test_bench_measures_again(call, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bench_measures_again(call, bundle: Path) -> None:
     status, out, _ = call("bench", bundle)
     assert status == 0
     assert out.count("ONNX Runtime") == 2
     assert "was" in out
 
 
-def test_doctor_names_the_machine_and_every_plugin(call) -> None:  # type: ignore[no-untyped-def]
+def test_doctor_names_the_machine_and_every_plugin(call) -> None:
     status, out, _ = call("doctor")
     assert status == 0
     for word in ("cores", "backend onnxruntime", "technique export_onnx", "torch"):
         assert word in out
 
 
-def test_what_is_not_a_bundle_is_said(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_what_is_not_a_bundle_is_said(call, tmp_path: Path) -> None:
     status, _, err = call("report", tmp_path)
     assert status == 3
     assert "not-a-bundle" in err
 
 
-def test_a_target_that_is_not_there_does_not_import_or_fails_is_one_line(call, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_target_that_is_not_there_does_not_import_or_fails_is_one_line(call, tmp_path: Path) -> None:
     (tmp_path / "broken_module.py").write_text("import no_such_thing\n")
     (tmp_path / "fine_module.py").write_text("def build():\n    raise RuntimeError('no weights')\n")
     for target, words in (
@@ -130,14 +130,14 @@ def test_a_target_that_is_not_there_does_not_import_or_fails_is_one_line(call, t
         assert "Traceback" not in out + err
 
 
-def test_a_folder_with_a_search_is_not_gone_on_with_unasked(call, bundle: Path) -> None:  # type: ignore[no-untyped-def]
+def test_a_folder_with_a_search_is_not_gone_on_with_unasked(call, bundle: Path) -> None:
     status, _, err = call("optimize", "model.onnx", "--data", "rows.npz", "--into", bundle)
     assert status == 2
     assert "--resume" in err
 
 
 @pytest.mark.slow
-def test_optimize_a_model_from_the_command_line(call, tmp_path: Path, onnx_model: Path) -> None:  # type: ignore[no-untyped-def]
+def test_optimize_a_model_from_the_command_line(call, tmp_path: Path, onnx_model: Path) -> None:
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "rows.npz", x=rng.standard_normal((100, 16)).astype(np.float32))
     status, out, err = call(

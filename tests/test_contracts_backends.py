@@ -201,7 +201,7 @@ class Grumbles(Eager):
     """Answers with words where a refusal is asked for."""
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
-        return "no" if model.form is Form.TORCH else None  # type: ignore[return-value]
+        return "no" if model.form is Form.TORCH else None
 
 
 class Thawed(Eager):

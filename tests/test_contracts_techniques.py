@@ -128,7 +128,7 @@ class HidesTheDefault(Honest):
 
 class RefusesInWords(Honest):
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
-        return "no" if not machine.isa else None  # type: ignore[return-value]
+        return "no" if not machine.isa else None
 
 
 class RaisesItsOwn(Honest):

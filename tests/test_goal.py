@@ -127,7 +127,7 @@ def test_an_empty_goal_is_refused(text: str) -> None:
 
 def test_a_goal_is_a_text() -> None:
     with pytest.raises(GoalError, match=r"a goal is a text such as .* but got 4"):
-        Goal.parse(4)  # type: ignore[arg-type]
+        Goal.parse(4)
 
 
 positive = st.floats(1e-9, 1e15, allow_nan=False)
@@ -180,7 +180,7 @@ def test_any_text_is_read_or_refused(text: str) -> None:
 
 
 def outcomes(text: str, **evidence: float | str) -> list[str]:
-    return [c.outcome.value for c in Goal.parse(text).judge(fake_evidence(**evidence)).checks]  # type: ignore[arg-type]
+    return [c.outcome.value for c in Goal.parse(text).judge(fake_evidence(**evidence)).checks]
 
 
 def test_a_bound_is_met_only_by_the_end_of_the_interval() -> None:
@@ -322,7 +322,7 @@ def test_samples_needed() -> None:
 
 def best(text: str, *found: dict[str, float], prefer: str | None = None) -> int:
     goal = Goal.parse(text, prefer)
-    keys = [goal.merit(fake_evidence(**{"n": 2000, "seed": i, **e})) for i, e in enumerate(found)]  # type: ignore[arg-type]
+    keys = [goal.merit(fake_evidence(**{"n": 2000, "seed": i, **e})) for i, e in enumerate(found)]
     assert len({len(k) for k in keys}) == 1
     return keys.index(max(keys))
 

@@ -65,7 +65,7 @@ def test_climbing_a_ladder_changes_nothing(history: list[Trial]) -> None:
 @given(histories(), st.randoms(use_true_random=False))
 def test_the_order_of_trials_does_not_matter(history: list[Trial], random: object) -> None:
     shuffled = list(history)
-    random.shuffle(shuffled)  # type: ignore[attr-defined]
+    random.shuffle(shuffled)
     assert keys(Ladder.climb(shuffled, ORIGINAL)) == keys(Ladder.climb(history, ORIGINAL))
 
 
@@ -106,7 +106,7 @@ def test_what_must_be_kept_is_kept(history: list[Trial], which: int) -> None:
 
 
 def levels(ladder: Ladder) -> list[int]:
-    return [r.recipe.backend.knobs["level"] for r in ladder]  # type: ignore[misc]
+    return [r.recipe.backend.knobs["level"] for r in ladder]
 
 
 def climb(*trials: Trial) -> list[int]:

@@ -125,13 +125,13 @@ def test_timed_batches_have_the_size_that_is_asked_for_also_with_few_rows() -> N
 
 
 @pytest.fixture
-def bench(toys: None, onnx_model: Path, labelled: tuple[np.ndarray, np.ndarray], tmp_path: Path):  # type: ignore[no-untyped-def]
+def bench(toys: None, onnx_model: Path, labelled: tuple[np.ndarray, np.ndarray], tmp_path: Path):
     workload = adopt(str(onnx_model), labelled, metric="accuracy")
     for split in ("select", "certify"):
         save_samples(getattr(workload, split), tmp_path / "data" / split)
     original = subject(workload.model, tmp_path)
     made = Bench(original, workload.model.signature, workload.metric, tmp_path / "data", Machine.look(), 1)
-    made.model, made.tmp = workload.model, tmp_path  # type: ignore[attr-defined]
+    made.model, made.tmp = workload.model, tmp_path
     yield made
     made.close()
 
@@ -143,7 +143,7 @@ def subject(model: Model, folder: Path, **knobs: object) -> Subject:
     return Subject(recipe, recipe.backend.compile(model, into), into)
 
 
-def test_evidence_is_whole(bench) -> None:  # type: ignore[no-untyped-def]
+def test_evidence_is_whole(bench) -> None:
     evidence = examine(subject(bench.model, bench.tmp, slower=2.0), bench, "select", QUICK)
     assert evidence.speedup.high < 0.75
     assert evidence.drop.mid == 0
@@ -153,7 +153,7 @@ def test_evidence_is_whole(bench) -> None:  # type: ignore[no-untyped-def]
     assert evidence.load_seconds > 0
 
 
-def test_a_planted_loss_is_seen(bench) -> None:  # type: ignore[no-untyped-def]
+def test_a_planted_loss_is_seen(bench) -> None:
     evidence = examine(subject(bench.model, bench.tmp, wrong=0.2), bench, "select", QUICK)
     assert evidence.drop.low > 0.05
 
@@ -168,13 +168,13 @@ def test_a_planted_loss_is_seen(bench) -> None:  # type: ignore[no-untyped-def]
         ("partial", Reason.CRASHED, "model.onnx"),
     ],
 )
-def test_a_faulty_candidate_is_refused_by_name(bench, fault: str, reason: Reason, words: str) -> None:  # type: ignore[no-untyped-def]
+def test_a_faulty_candidate_is_refused_by_name(bench, fault: str, reason: Reason, words: str) -> None:
     with pytest.raises(RefusalError, match=words) as caught:
         examine(subject(bench.model, bench.tmp, fault=fault), bench, "select", QUICK)
     assert caught.value.reason is reason
 
 
-def test_a_candidate_that_hangs_or_hoards_is_ended(bench) -> None:  # type: ignore[no-untyped-def]
+def test_a_candidate_that_hangs_or_hoards_is_ended(bench) -> None:
     bench.patience = 3.0
     with pytest.raises(RefusalError) as caught:
         examine(subject(bench.model, bench.tmp, fault="hang"), bench, "select", QUICK)
@@ -186,7 +186,7 @@ def test_a_candidate_that_hangs_or_hoards_is_ended(bench) -> None:  # type: igno
     assert caught.value.reason is Reason.OUT_OF_MEMORY
 
 
-def test_the_gates_end_it_early_and_say_what_was_seen(bench) -> None:  # type: ignore[no-untyped-def]
+def test_the_gates_end_it_early_and_say_what_was_seen(bench) -> None:
     with pytest.raises(RefusalError) as caught:
         examine(
             subject(bench.model, bench.tmp, slower=1.01), bench, "select", QUICK,
@@ -196,7 +196,7 @@ def test_the_gates_end_it_early_and_say_what_was_seen(bench) -> None:  # type: i
     assert caught.value.evidence is None
 
 
-def test_memory_is_the_arms_own(bench) -> None:  # type: ignore[no-untyped-def]
+def test_memory_is_the_arms_own(bench) -> None:
     """What this process holds besides does not count."""
     hoard = np.ones(2**26)  # 512 MB
     with Arm(bench.original, bench.signature, bench.data, "select", 1) as arm:

@@ -217,7 +217,7 @@ def test_functions_of_the_user() -> None:
     def off_by(outputs: np.ndarray, targets: np.ndarray) -> np.ndarray:
         return np.abs(outputs - targets)
 
-    off_by.higher_is_better = False  # type: ignore[attr-defined]
+    off_by.higher_is_better = False
     metric = of_function(off_by)
     assert (metric.name, metric.higher_is_better) == ("off_by", False)
     scores = metric.scores(np.array([1.0, 2.0]), np.array([1.0, 4.0]))

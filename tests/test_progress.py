@@ -67,7 +67,7 @@ def test_a_terminal_shows_what_is_tried_the_best_and_the_time() -> None:
         clock.now = 42.0
         probe = Console(file=io.StringIO(), width=80)
         probe.print(watcher._lines())
-        lines = probe.file.getvalue().splitlines()  # type: ignore[attr-defined]
+        lines = probe.file.getvalue().splitlines()
     assert len(lines) == 3
     assert max(map(len, lines)) <= 80
     assert "measuring: ONNX Runtime, int8 static (entropy), 1 thread" in lines[0]

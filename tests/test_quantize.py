@@ -365,7 +365,7 @@ def test_choices_fit_the_processor() -> None:
     machine = Machine.look()
     old = replace(machine, isa=("avx2",))
     arm = replace(machine, isa=("dotprod", "neon"))
-    onnx_model = Model(Form.ONNX, Path("none.onnx"), None)  # type: ignore[arg-type]
+    onnx_model = Model(Form.ONNX, Path("none.onnx"), None)
     assert all(c.narrow for c in QuantizeStatic.choices(onnx_model, old))
     assert all(c.activations == "int8" and not c.narrow for c in QuantizeStatic.choices(onnx_model, arm))
     assert next(iter(QuantizeStatic.choices(onnx_model, capable()))) == QuantizeStatic()

@@ -44,10 +44,10 @@ def fight(ratio: float, seed: int, effort: Effort = SELECT, swap: bool = False, 
     world = World(np.random.default_rng(seed))
     candidate, original = FakeArm(world, 1e-3 / ratio), FakeArm(world, 1e-3)
     arms = (original, candidate) if swap else (candidate, original)
-    return duel(*arms, effort, cores=2, seed=seed, **options)  # type: ignore[arg-type]
+    return duel(*arms, effort, cores=2, seed=seed, **options)
 
 
-def share(seeds: range, ratio: float, holds) -> float:  # type: ignore[no-untyped-def]
+def share(seeds: range, ratio: float, holds) -> float:
     return float(np.mean([holds(fight(ratio, seed).speedup) for seed in seeds]))
 
 
@@ -87,7 +87,7 @@ def test_each_arm_goes_first_about_as_often() -> None:
 
 
 def test_sabotage_a_duel_that_swaps_its_arms_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def swapped(candidate, original, *args, **kwargs):  # type: ignore[no-untyped-def]
+    def swapped(candidate, original, *args, **kwargs):
         return duel(original, candidate, *args, **kwargs)
 
     monkeypatch.setitem(globals(), "fight", lambda ratio, seed, **o: _fight_with(swapped, ratio, seed))
@@ -105,9 +105,9 @@ def test_sabotage_two_stopwatches_fail_where_the_duel_holds() -> None:
     assert lies / 200 > 0.05
 
 
-def _fight_with(judge, ratio: float, seed: int) -> Rounds:  # type: ignore[no-untyped-def]
+def _fight_with(judge, ratio: float, seed: int) -> Rounds:
     world = World(np.random.default_rng(seed))
-    return judge(FakeArm(world, 1e-3 / ratio), FakeArm(world, 1e-3), SELECT, cores=2, seed=seed)  # type: ignore[no-any-return]
+    return judge(FakeArm(world, 1e-3 / ratio), FakeArm(world, 1e-3), SELECT, cores=2, seed=seed)
 
 
 def test_it_stops_early_when_the_interval_is_narrow() -> None:

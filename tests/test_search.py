@@ -42,7 +42,7 @@ class Paper:
 
     @classmethod
     def choices(cls, model: Model, machine: Machine) -> Iterable[Any]:
-        return [cls(), *(cls(**{cls.knob: v}) for v in cls.values)]  # type: ignore[attr-defined]
+        return [cls(), *(cls(**{cls.knob: v}) for v in cls.values)]
 
     def apply(self, model: Model, data: Samples, folder: Path) -> Model:
         raise AssertionError("on paper only")
@@ -103,7 +103,7 @@ def truth(recipe: Recipe, int8_gain: float = 1.6, int8_drop: float = 0.002) -> t
     """(speedup, drop) of a recipe in this world."""
     speed, drop = {"eager": 1.0, "quick": 3.0, "slow": 1.5}[recipe.backend.name], 0.0
     knobs = recipe.backend.knobs
-    speed *= {0: 1.0, 1: 1.15, 2: 1.0, 4: 0.7}[int(knobs["threads"])]  # type: ignore[arg-type]
+    speed *= {0: 1.0, 1: 1.15, 2: 1.0, 4: 0.7}[int(knobs["threads"])]
     speed *= 1.1 if knobs.get("layout") == "blocked" else 1.0
     for step in recipe.steps:
         if step.name == "int8":

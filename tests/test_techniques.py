@@ -100,7 +100,7 @@ def test_export_leaves_nothing_stale_or_private(read: tuple[Model, Samples, Mode
 
 def test_a_model_with_attention_may_try_it_as_one_operator(read: tuple[Model, Samples, Model]) -> None:
     model = read[0]
-    assert [c.opset for c in ExportOnnx.choices(model, capable())] == [20, 23]  # type: ignore[attr-defined]
+    assert [c.opset for c in ExportOnnx.choices(model, capable())] == [20, 23]
     plain, _ = take_in(nn.Linear(4, 3), floats(16, 4))
     assert list(ExportOnnx.choices(plain, capable())) == [ExportOnnx()]
 

@@ -11,8 +11,9 @@ from accelerando.errors import UsageError
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
 LEAST_SECONDS = 5.0
-CERTIFY_SHARE = 0.22  # of the whole, kept for the figures that are printed
-RACE_SHARE = 0.13  # of the whole, kept for telling the best apart
+PROFILE_SHARE = 0.08  # of the whole, kept for the original's profile
+CERTIFY_SHARE = 0.2  # for the figures that are printed
+RACE_SHARE = 0.12  # for telling the best apart
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,14 @@ class Budget:
     @property
     def to_explore(self) -> float:
         """Seconds left for trying new recipes: racing and certifying have their shares."""
-        return self.left - self.seconds * (CERTIFY_SHARE + RACE_SHARE)
+        return self.to_race - self.seconds * RACE_SHARE
 
     @property
     def to_race(self) -> float:
         """Seconds left for telling the best apart: certifying has its share."""
-        return self.left - self.seconds * CERTIFY_SHARE
+        return self.to_certify - self.seconds * CERTIFY_SHARE
+
+    @property
+    def to_certify(self) -> float:
+        """Seconds left for certifying: the profile has its share."""
+        return self.left - self.seconds * PROFILE_SHARE

@@ -63,12 +63,12 @@ def certify(
     took = 0.0
     while queue:
         trial = queue.pop(0)
-        if trial.recipe.key not in must and budget.left < took:
+        if trial.recipe.key not in must and budget.to_certify < took:
             break
         doing(trial.recipe, "certifying")
         before = budget.used
         share = 0.5 if trial is ranked[0] else 1 / (len(queue) + 1) if trial.recipe != original else 0.0
-        rung = _certify(trial, grounds, probe, done, budget.left * share)
+        rung = _certify(trial, grounds, probe, done, budget.to_certify * share)
         took = budget.used - before
         if rung is not None and best is None and goal.judge(rung.evidence).outcome is Outcome.MET:
             best = rung
