@@ -21,7 +21,7 @@ from accelerando.errors import DataError, MissingExtraError, ModelError
 from accelerando.intake import LEAST_ROWS, Batch, check_ports, check_rows, gather
 from accelerando.metric import Metric
 from accelerando.signature import Array, Node, Port, Signature, flatten, name_axes, to_numpy
-from accelerando.workload import EVAL_ROWS, Chunk, Form, Model, Samples, Workload, own_module
+from accelerando.workload import EVAL_ROWS, Chunk, Form, Model, Samples, Workload, filled, own_module
 
 CALIBRATION_ROWS = 512  # more adds time and no accuracy to post-training quantization
 SELECT_SHARE = 0.4  # of what is judged; certify gets the rest, for the verdict stands on it
@@ -43,13 +43,13 @@ def adopt(model: Any, data: Any, train: Any = None, metric: str | Callable[[Any,
         MissingExtraError: the model's own framework is not installed.
     """
     owned, call, parameters, notes = _own(model)
-    first, rows = gather(data, parameters, "data")
+    first, rows = gather(data, owned.required, "data")
     signature = _learn(call, parameters, first, rows, owned)
     check_rows(rows, "data", LEAST_ROWS)
     notes += _probe(call, signature, rows)
     train_rows = None
     if train is not None:
-        _, train_rows = gather(train, parameters, "train")
+        _, train_rows = gather(train, owned.required, "train")
         check_rows(train_rows, "train", 1)
         check_ports(signature, train_rows, "train")
     chosen, rows, note = _choose_metric(metric, call, signature, rows)
@@ -71,6 +71,7 @@ class _Owned:
     content: Any
     fixed_batch: int | None = None
     output_names: tuple[str, ...] | None = None
+    required: int = 1  # how many inputs a call must have: tells a batch of inputs from (inputs, targets)
 
 
 def _own(model: Any) -> tuple[_Owned, Callable[..., Any], tuple[str, ...], list[str]]:
@@ -105,7 +106,9 @@ def _own(model: Any) -> tuple[_Owned, Callable[..., Any], tuple[str, ...], list[
     names = tuple(
         p.name for p in parameters if p.kind in (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD, kinds.KEYWORD_ONLY)
     )
-    return _Owned(Form.TORCH, ours), call, names, notes
+    places = (kinds.POSITIONAL_ONLY, kinds.POSITIONAL_OR_KEYWORD)
+    required = sum(p.default is kinds.empty and p.kind in places for p in parameters)
+    return _Owned(Form.TORCH, ours, required=required), call, names, notes
 
 
 def _own_onnx(path: Path) -> tuple[_Owned, Callable[..., Any], tuple[str, ...], list[str]]:
@@ -129,7 +132,7 @@ def _own_onnx(path: Path) -> tuple[_Owned, Callable[..., Any], tuple[str, ...], 
         return tuple(session.run(None, {k: to_numpy(v) for k, v in feed.items()}))
 
     outputs = tuple(o.name for o in session.get_outputs())
-    return _Owned(Form.ONNX, path.resolve(), fixed, outputs), call, names, []
+    return _Owned(Form.ONNX, path.resolve(), fixed, outputs, len(names)), call, names, []
 
 
 def _learn(
@@ -152,7 +155,7 @@ def _learn(
     shapes_in, shapes_out, result, dtypes = [], [], None, None
     for chunk in rows.chunks[:16]:
         for count in {owned.fixed_batch} if owned.fixed_batch else {min(2, len(chunk)), 1}:
-            inputs = [x[:count] for x in chunk.inputs]
+            inputs = filled([x[:count] for x in chunk.inputs], owned.fixed_batch)
             answer, node = _answer(call, draft, inputs)
             outputs = [to_numpy(x) for x in answer]
             for out in outputs:
@@ -219,8 +222,8 @@ def _output_names(result: Node, count: int) -> list[str]:
 def _probe(call: Callable[..., Any], signature: Signature, rows: Samples) -> list[str]:
     """Is the original finite, and does it answer the same twice?"""
     step = signature.fixed_batch or EVAL_ROWS
-    batch = next(rows.batches(step))
-    once, twice = ([to_numpy(x) for x in _answer(call, signature, batch.inputs)[0]] for _ in range(2))
+    inputs = filled(next(rows.batches(step)).inputs, signature.fixed_batch)
+    once, twice = ([to_numpy(x) for x in _answer(call, signature, inputs)[0]] for _ in range(2))
     for port, out in zip(signature.outputs, once, strict=True):
         if out.dtype.kind == "f" and not np.isfinite(out).all():
             raise ModelError(
@@ -248,7 +251,9 @@ def _choose_metric(
     """The metric, the rows with the targets that it needs, and what was guessed."""
     step = signature.fixed_batch or EVAL_ROWS
     batch = next(rows.batches(step))
-    answer = signature.answer([to_numpy(x) for x in _answer(call, signature, batch.inputs)[0]])
+    inputs = filled(batch.inputs, signature.fixed_batch)
+    leaves = [to_numpy(x)[: len(batch)] for x in _answer(call, signature, inputs)[0]]
+    answer = signature.answer(leaves)
     notes = []
     if isinstance(metric, str):
         chosen = metrics.named(metric)
@@ -272,24 +277,44 @@ def _choose_metric(
 def _answered(call: Callable[..., Any], signature: Signature, chunk: Chunk, step: int) -> Chunk:
     """A chunk whose targets are the original's own outputs."""
     parts = []
-    whole = len(chunk) - len(chunk) % step if signature.fixed_batch else len(chunk)
-    for start in range(0, whole, step):
-        inputs = [x[start : start + step] for x in chunk.inputs]
-        parts.append(metrics.primary(signature.answer([to_numpy(x) for x in _answer(call, signature, inputs)[0]])))
-    targets = np.concatenate(parts)
-    return Chunk(tuple(x[: len(targets)] for x in chunk.inputs), targets)
+    for start in range(0, len(chunk), step):
+        rows = [x[start : start + step] for x in chunk.inputs]
+        leaves = [to_numpy(x) for x in _answer(call, signature, filled(rows, signature.fixed_batch))[0]]
+        parts.append(metrics.primary(signature.answer(leaves))[: len(rows[0])])
+    return Chunk(chunk.inputs, np.concatenate(parts))
 
 
 def _digest(model: Model, metric: Metric, *splits: Samples) -> str:
     """A hash of all that evidence depends on: weights, structure, data, metric."""
-    digest = hashlib.sha256(f"{model.form.value}{model.signature}{metric.name}".encode())
+    digest = hashlib.sha256(f"{model.form.value}{model.signature}{metric.name}{metric.higher_is_better}".encode())
+    digest.update(metric.source.encode())
     if model.form is Form.TORCH:
         digest.update(repr(model.content).encode())
+        for kind in sorted({type(m) for m in model.content.modules()}, key=str):
+            digest.update(metrics.source_of(kind).encode())  # a forward() that was edited is another model
         for name, tensor in model.content.state_dict().items():
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(to_numpy(tensor)).tobytes())
     else:
-        digest.update(Path(model.content).read_bytes())
+        path = Path(model.content)
+        for file in (path, *_beside(path)):
+            digest.update(file.read_bytes())
     for split in splits:
         split.digest(digest)
     return digest.hexdigest()[:16]
+
+
+def _beside(path: Path) -> list[Path]:
+    """The files beside an .onnx file that hold its weights."""
+    import onnx
+    from onnx.external_data_helper import _get_all_tensors, uses_external_data
+
+    model = onnx.load(str(path), load_external_data=False)
+    named = {
+        e.value
+        for t in _get_all_tensors(model)
+        if uses_external_data(t)
+        for e in t.external_data
+        if e.key == "location"
+    }
+    return [path.parent / name for name in sorted(named)]

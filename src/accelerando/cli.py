@@ -43,9 +43,12 @@ def demo(
 ) -> None:
     """Train a small network on scikit-learn's digits, and accelerate it: speedup >= 4, drop <= 1%."""
     _need("torch", "sklearn")
-    from accelerando.demo import run_demo
+    from accelerando.bundle import Bundle
+    from accelerando.demo import ORIGIN, run_demo
 
     if fresh and (into / "manifest.json").exists():
+        if Bundle.open(into, hashes=False).workload["origin"] != ORIGIN:
+            raise UsageError(f"{into} holds another bundle than the demo's; give --into another folder")
         shutil.rmtree(into)
     result = run_demo(into, budget, _say)
     _finish(result, Path(f"{into}/report.html"))
@@ -71,7 +74,7 @@ def optimize(
     from accelerando.pipeline import accelerate
     from accelerando.targets import read_data, read_model
 
-    if into.exists() and any(into.iterdir()) and not resume:
+    if into.is_dir() and any(into.iterdir()) and not resume:
         raise UsageError(f"{into} is there already; --resume goes on with its search, --into names another folder")
     limit = memory_limit * 2**20 if memory_limit else None
     result = accelerate(
@@ -125,13 +128,12 @@ def bench(
     from accelerando.bundle import Bundle
     from accelerando.measure.again import bench_again, reference_of
     from accelerando.report import words
-    from accelerando.targets import call_target, is_at_hand
+    from accelerando.targets import call_target
 
     opened = Bundle.open(bundle)
     for difference in opened.differences():
         _say(f"not as when it was measured: {difference}")
-    origin = model or opened.workload.get("origin")
-    original = call_target(origin) if origin and (model or is_at_hand(origin)) else None
+    original = call_target(model) if model and not model.endswith(".onnx") else None
     reference = reference_of(opened, original)
     if not reference.is_original:
         _say(

@@ -10,6 +10,7 @@ from accelerando.pipeline import accelerate
 from accelerando.result import Result
 
 GOAL = "speedup >= 4, drop <= 1%"
+ORIGIN = "accelerando.demo:trained"
 TEST_ROWS = 900
 EPOCHS = 12
 
@@ -66,7 +67,7 @@ def run_demo(into: Path, budget: str, say: Callable[[str], None]) -> Result:
     say(f"accelerating it: {GOAL}, within {budget}")
     return accelerate(
         model, test_rows, GOAL, train=train_rows, metric="accuracy", budget=budget, into=into,
-        origin="accelerando.demo:trained",
+        origin=ORIGIN,
     )  # fmt: skip
 
 

@@ -51,7 +51,10 @@ class BundleError(AccelerandoError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"[{code}] {message}")
-        self.code = code
+        self.code, self.message = code, message
+
+    def __reduce__(self) -> tuple[type[BundleError], tuple[str, str]]:
+        return BundleError, (self.code, self.message)
 
 
 class BrokenPluginError(AccelerandoError):

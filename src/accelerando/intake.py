@@ -44,11 +44,11 @@ class Batch:
         )
 
 
-def gather(data: Any, parameters: tuple[str, ...], where: str) -> tuple[Batch, Samples]:
+def gather(data: Any, required: int, where: str) -> tuple[Batch, Samples]:
     """The first batch as it was given, and all rows as chunks of one shape each."""
     first: Batch | None = None
     groups: dict[Any, list[Chunk]] = {}
-    for batch in _each(data, len(parameters), where):
+    for batch in _each(data, required, where):
         first = first or batch
         leaves, _ = flatten([*batch.args, batch.kwargs])
         arrays = tuple(to_numpy(x) for x in leaves)
@@ -74,18 +74,18 @@ def gather(data: Any, parameters: tuple[str, ...], where: str) -> tuple[Batch, S
     return first, Samples(tuple(_join(chunks) for chunks in groups.values()))
 
 
-def _each(data: Any, parameters: int, where: str) -> Iterator[Batch]:
+def _each(data: Any, required: int, where: str) -> Iterator[Batch]:
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(data, torch.utils.data.Dataset):
         data = torch.utils.data.DataLoader(data, batch_size=EVAL_ROWS)
     if hasattr(data, "shape") or isinstance(data, Mapping):
-        yield Batch.read(data, parameters, where)
+        yield Batch.read(data, required, where)
     elif isinstance(data, tuple) and len(data) == 2:
         inputs, targets = data
         yield replace(Batch.read(inputs, 0 if hasattr(inputs, "shape") else len(inputs), where), targets=targets)
     elif isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         for batch in data:
-            yield Batch.read(batch, parameters, where)
+            yield Batch.read(batch, required, where)
     else:
         raise DataError(
             f"{where} is a {type(data).__name__}; give arrays, (inputs, targets), a dict of inputs, "

@@ -8,6 +8,7 @@ A sample's statistics never depend on which other samples share its batch, so ba
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ class Metric:
         of_original: judged against the original's own outputs, so no labels are needed.
         statistics: outputs and targets to per-sample statistics (n, k).
         value: means (..., k) to the metric's value (...).
+        source: the text of a user's own function, by which another one of the same name is told from it.
     """
 
     name: str
@@ -41,6 +43,7 @@ class Metric:
     of_original: bool
     statistics: Callable[[Any, Any], Floats]
     value: Value
+    source: str = ""
 
     def scores(self, answer: Any, targets: Array) -> Floats:
         """Per-sample statistics (n, k) of a model's answer to n samples.
@@ -87,7 +90,17 @@ def of_function(function: Callable[[Any, Any], Any], higher_is_better: bool = Tr
     if name in METRICS or name in ALIASES:
         name = f"own {name}"  # evidence finds a metric's value by its name, and ours may not be the user's
     higher = bool(getattr(function, "higher_is_better", higher_is_better))
-    return Metric(name, higher, False, lambda answer, targets: np.asarray(to_numpy(function(answer, targets))), _mean)
+    statistics = lambda answer, targets: np.asarray(to_numpy(function(answer, targets)))  # noqa: E731
+    return Metric(name, higher, False, statistics, _mean, source_of(function))
+
+
+def source_of(thing: Any) -> str:
+    """The source text of a function or a class, or what comes nearest to it where there is none."""
+    try:
+        return inspect.getsource(thing)
+    except (OSError, TypeError):
+        code = getattr(thing, "__code__", None)
+        return f"{code.co_code!r}{code.co_consts!r}" if code else repr(type(thing))
 
 
 def guess(answer: Any, targets: Array | None) -> Metric:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerando.adoption import adopt
-from accelerando.errors import MissingExtraError, ModelError
+from accelerando.errors import GoalError, MissingExtraError, ModelError
 from accelerando.goal import Goal
 from accelerando.machine import Machine
 from accelerando.plugins import discover
@@ -72,8 +72,7 @@ def accelerate(
     asked, allowance = Goal.parse(goal, prefer), Budget.parse(budget)
     workload, machine = adopt(model, data, train=train, metric=metric), Machine.look()
     asked.check(workload.metric)
-    if (fixed := workload.fixed_batch) is not None:
-        asked = replace(asked, batch=fixed)
+    asked = _at_fixed_batch(asked, workload.fixed_batch)
     space = Space.plan(workload.model, machine, discover("techniques"), discover("backends"), asked.batch)
     watcher = _watcher(progress, allowance)
     with Site(into, workload, machine, asked, allowance, space.original, memory_limit, origin) as site, watcher:
@@ -100,7 +99,7 @@ def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watc
         recipe = proposal.recipe
         watcher.phase("measuring again what can't be told apart" if proposal.again else "looking for faster recipes")
         trial = attempt(proposal, site.grounds, history, site.budget.left, partial(watcher.trying, recipe))
-        if recipe == space.original:
+        if recipe == space.original and not proposal.again:
             _must_run(trial)
         history = site.note(history, trial)
         watcher.found(trial, _best(history, site.goal, space.original))
@@ -117,6 +116,20 @@ def _must_run(trial: Trial) -> None:
         raise ModelError(
             f"the original itself can't be measured: {trial.outcome.reason.happened}: {trial.outcome.detail}"
         )
+
+
+def _at_fixed_batch(goal: Goal, fixed: int | None) -> Goal:
+    """The goal at the one batch that the model takes, where it takes one only.
+
+    Raises:
+        GoalError: the goal asks for another batch.
+    """
+    if fixed is None or goal.batch == fixed:
+        return goal
+    if goal.batch != 1:
+        raise GoalError(f"the model takes batches of {fixed} only, but the goal asks for batch {goal.batch}")
+    sized = replace(goal, batch=fixed)
+    return replace(sized, text=str(sized))
 
 
 def _need_extra() -> None:

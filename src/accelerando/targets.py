@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import sys
 import traceback
+import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ def find_target(target: str) -> Any:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise UsageError(f"{place} does not import: {_told(error)}") from error
+    if place.endswith(".py") and Path(module.__file__ or "").resolve() != Path(place).resolve():
+        raise UsageError(f"another module is called {module_name!r} ({module.__file__}); give {place} another name")
     function = getattr(module, name, None)
     if not callable(function):
         there = ", ".join(k for k, v in vars(module).items() if callable(v) and not k.startswith("_")) or "no functions"
@@ -58,17 +61,6 @@ def call_target(target: str) -> Any:
         return function()
     except Exception as error:
         raise UsageError(f"{target} failed: {_told(error)}") from error
-
-
-def is_at_hand(target: str) -> bool:
-    """Whether the file or module of a target is there.  Runs nothing of it."""
-    place = target.partition(":")[0]
-    if place.endswith((".py", ".onnx")):
-        return Path(place).is_file()
-    try:
-        return importlib.util.find_spec(place) is not None
-    except (ImportError, ValueError):
-        return False
 
 
 def read_model(target: str) -> Any:
@@ -100,7 +92,7 @@ def read_npz(path: str | Path) -> dict[str, Any]:
     try:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UsageError(f"{path} can't be read as an .npz file of plain arrays: {error}") from error
     if not arrays:
         raise UsageError(f"{path} holds no arrays")

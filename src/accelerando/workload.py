@@ -139,6 +139,13 @@ class Workload:
         )
 
 
+def filled(inputs: Sequence[Array], size: int | None) -> tuple[Array, ...]:
+    """Rows made exactly `size` long, by taking them round and round or cutting; as they are where size is None."""
+    if size is None:
+        return tuple(inputs)
+    return tuple(x[np.arange(size) % len(x)] for x in inputs)
+
+
 def flat_module(model: Model) -> Any:
     """A torch module that takes a TORCH model's flat inputs and gives its flat outputs as a tuple, for exporters."""
     import torch

@@ -83,6 +83,10 @@ class Arm:
     def pid(self) -> int:
         return self._child.pid
 
+    @property
+    def alive(self) -> bool:
+        return self._child.alive
+
     def block(self, seconds: float, timeout: float) -> Floats:
         """Seconds of each call in one block."""
         return self._child.call(_block, seconds, timeout=timeout)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from accelerando.errors import RefusalError
+from accelerando.errors import DataError, Reason, RefusalError
 from accelerando.interval import Floats, Interval
 from accelerando.machine import Machine
 from accelerando.measure.arm import LOAD_SECONDS, Arm, Subject
@@ -53,6 +53,8 @@ class Bench:
     @property
     def original_arm(self) -> Arm:
         """The original, loaded; it stays for all the duels to come."""
+        if self._arm is not None and not self._arm.alive:
+            self.close()  # killed from outside, for memory perhaps: the next duel gets a fresh one
         if self._arm is None:
             self._arm = self.arm(self.original, "select", LOAD_SECONDS)
             self._arm.block(0.1, LOAD_SECONDS)
@@ -124,7 +126,7 @@ def examine(
             raise refusal
         scores = bench.original_scores(split)
         if subject.recipe.key != bench.original.recipe.key:  # its answers are those it is compared with
-            scores = arm.scores(bench.data / split, bench.metric, bench.scoring_limit)
+            scores = _scores(arm, bench, split)
         evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
         if refusal := after_scores(evidence):
             refusal.evidence, refusal.speedup = evidence, evidence.speedup
@@ -134,6 +136,14 @@ def examine(
             evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
         visit(arm)
     return evidence
+
+
+def _scores(arm: Arm, bench: Bench, split: str) -> Floats:
+    """A candidate's scores; the metric has judged the original by now, so where it fails, the answers are at fault."""
+    try:
+        return arm.scores(bench.data / split, bench.metric, bench.scoring_limit)
+    except DataError as error:
+        raise RefusalError(Reason.WRONG_OUTPUT, str(error)) from error
 
 
 def _evidence(

@@ -167,9 +167,11 @@ class Child:
     def _obituary(self) -> RefusalError:
         """Why the process died, as far as can be told."""
         code = self._process.wait()
-        self._errors.seek(0, os.SEEK_END)
-        self._errors.seek(max(0, self._errors.tell() - DETAIL_CHARACTERS))
-        words = self._errors.read().decode(errors="replace").strip()
+        words = ""
+        if not self._errors.closed:
+            self._errors.seek(0, os.SEEK_END)
+            self._errors.seek(max(0, self._errors.tell() - DETAIL_CHARACTERS))
+            words = self._errors.read().decode(errors="replace").strip()
         how = f"died of {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
         reason = Reason.OUT_OF_MEMORY if code == -signal.SIGKILL else Reason.CRASHED
         last = f": {words.splitlines()[-1]}" if words else ""

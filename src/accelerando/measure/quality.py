@@ -11,7 +11,7 @@ from accelerando.interval import Floats
 from accelerando.metric import Metric
 from accelerando.recipe import Runner
 from accelerando.signature import Array, Signature
-from accelerando.workload import EVAL_ROWS, Samples
+from accelerando.workload import EVAL_ROWS, Samples, filled
 
 
 def answers(run: Runner, signature: Signature, samples: Samples) -> list[tuple[list[Array], Array | None]]:
@@ -26,9 +26,7 @@ def answers(run: Runner, signature: Signature, samples: Samples) -> list[tuple[l
     found = []
     for batch in samples.batches(fixed or EVAL_ROWS):
         count = len(batch)
-        inputs = batch.inputs
-        if fixed and count < fixed:
-            inputs = tuple(np.resize(x, (fixed, *x.shape[1:])) for x in inputs)
+        inputs = filled(batch.inputs, fixed)
         outputs = run(inputs)
         check(outputs, signature, len(inputs[0]))
         found.append(([o[:count] for o in outputs], batch.targets))

@@ -13,7 +13,7 @@ from accelerando.measure.bench import examine
 from accelerando.measure.rounds import CERTIFY, Effort
 from accelerando.recipe import Recipe
 from accelerando.search.budget import Budget
-from accelerando.search.grounds import Grounds
+from accelerando.search.grounds import Grounds, standing
 from accelerando.signature import Array
 from accelerando.trial import Refused, Trial
 
@@ -53,7 +53,8 @@ def certify(
         RefusalError: the original itself can't be measured any more.
     """
     goal, done, best = grounds.goal, Certificate(), None
-    verified = {t.recipe.key: t for t in history if t.verified}
+    grounds.bench.patience = LOAD_SECONDS
+    verified = standing(history)
     ranked = sorted(verified.values(), key=lambda t: goal.merit(t.evidence), reverse=True)  # type: ignore[arg-type]
     ladder = Ladder.climb(list(verified.values()), original, keep=ranked[0].recipe)
     others = [verified[r.recipe.key] for r in reversed(ladder.rungs)]
@@ -84,7 +85,7 @@ def certify(
 
 def uncertified(history: Sequence[Trial], original: Recipe, goal: Goal) -> tuple[Ladder, Rung]:
     """The ladder and the best as the search has them so far: what an interrupt leaves."""
-    verified = {t.recipe.key: t for t in history if t.verified}
+    verified = standing(history)
     best = max(verified.values(), key=lambda t: goal.merit(t.evidence))  # type: ignore[arg-type]
     ladder = Ladder.climb(list(verified.values()), original, keep=best.recipe)
     return ladder, ladder.rungs[ladder.best(goal.merit)]

@@ -5,13 +5,13 @@ from __future__ import annotations
 import shutil
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from accelerando.errors import Reason, RefusalError, UsageError
+from accelerando.errors import BrokenPluginError, Reason, RefusalError, UsageError
 from accelerando.goal import Goal, Outcome
 from accelerando.interval import Interval
 from accelerando.measure.arm import LOAD_SECONDS, Subject
@@ -85,14 +85,22 @@ def attempt(
             outcome = Verified(built.artifact, _examine(recipe, built.artifact, grounds, history))
     except RefusalError as error:
         outcome = Refused(error.reason, error.detail, error.step, error.evidence, error.speedup)
-    except UsageError:
+    except (UsageError, BrokenPluginError):
         raise
     except Exception as error:  # noqa: BLE001  this is the place
         lines = "".join(traceback.format_exception(error))[-2000:]
         outcome = Refused(Reason.CRASHED, f"{type(error).__name__}: {error}\n{lines}")
+    if isinstance(outcome, Refused) and proposal.again and is_original and before is not None:
+        return before  # it ran before: others' load, say, is no reason to lose it
     if isinstance(outcome, Refused):
         shutil.rmtree(grounds.folder(recipe), ignore_errors=True)
     return Trial(recipe, outcome, time.monotonic() - start, log)
+
+
+def standing(history: Sequence[Trial]) -> dict[str, Trial]:
+    """The verified trials by recipe key; of a recipe that was tried more than once, the last counts."""
+    last = {t.recipe.key: t for t in history}
+    return {key: trial for key, trial in last.items() if trial.verified}
 
 
 def merged(before: Evidence, more: Evidence) -> Evidence:
@@ -162,5 +170,6 @@ def _examine(recipe: Recipe, artifact: Artifact, grounds: Grounds, history: tupl
 
 def _best_lossless(history: tuple[Trial, ...]) -> Trial | None:
     """The fastest verified recipe that loses nothing: whatever is clearly slower than it can't win."""
-    lossless = [t for t in history if t.verified and t.evidence and t.evidence.relative_drop.mid <= LOSSLESS_DROP]
+    verified = standing(history).values()
+    lossless = [t for t in verified if t.evidence and t.evidence.relative_drop.mid <= LOSSLESS_DROP]
     return max(lossless, key=lambda t: t.evidence.speedup.mid if t.evidence else 0.0, default=None)

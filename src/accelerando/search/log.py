@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +46,7 @@ class Journal:
         for line in self.path.read_bytes()[: self._whole_bytes()].splitlines():
             try:
                 trial = Trial.from_json(json.loads(line))
-            except (ValueError, KeyError, TypeError, BrokenPluginError):
+            except (ValueError, KeyError, TypeError, AttributeError, zlib.error, BrokenPluginError):
                 continue
             if machine is None or trial.evidence is None or trial.evidence.machine == machine:
                 trials.append(trial)

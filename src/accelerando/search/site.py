@@ -22,8 +22,8 @@ from types import TracebackType
 from typing import Any
 
 from accelerando.bundle import Bundle
-from accelerando.errors import RefusalError, UsageError
-from accelerando.goal import Goal
+from accelerando.errors import Reason, RefusalError, UsageError
+from accelerando.goal import Goal, Outcome
 from accelerando.ladder import Ladder, Rung
 from accelerando.machine import Machine, installed_version
 from accelerando.measure.arm import PROBE_ROWS, Subject, save_samples
@@ -35,10 +35,14 @@ from accelerando.search.certificate import certify, uncertified
 from accelerando.search.grounds import Grounds, check_files
 from accelerando.search.log import Journal
 from accelerando.search.workshop import Workshop
-from accelerando.trial import Trial
-from accelerando.workload import Form, Workload
+from accelerando.trial import Refused, Trial
+from accelerando.workload import Form, Workload, filled
 
 MEMORY_SHARE = 0.8
+# Reasons that more room, time, packages or a repaired disk take away between one call and the next.
+MAY_PASS = frozenset({
+    Reason.MISSING_PACKAGE, Reason.MISSING_TOOL, Reason.NO_ROOM, Reason.OUT_OF_MEMORY, Reason.TIMED_OUT, Reason.DAMAGED,
+})  # fmt: skip
 ROOM_FACTOR = 12  # how many times the model's own size the candidates may need on disk
 
 
@@ -69,29 +73,42 @@ class Site:
         self.work = self.into / "work"
         self.work.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.work / "lock")
-        self.journal = Journal(self.into / "trials.jsonl")
-        for name in ("calibrate", "select", "certify"):
-            save_samples(getattr(workload, name), self.work / "data" / name)
-        limit = memory_limit or int(machine.memory_bytes * MEMORY_SHARE)
-        skeleton = workload.model.content if workload.model.form is Form.TORCH else None
-        subject = Subject(original, Artifact(()), self.work / "rungs" / original.key, skeleton)
-        data = self.work / "data"
-        bench = Bench(subject, workload.model.signature, workload.metric, data, machine, goal.batch, limit)
-        workshop = Workshop(workload, machine, self.work / "steps", data, limit)
-        self.grounds = Grounds(workshop, bench, goal, self.work)
-        self._done = False
+        try:
+            self.journal = Journal(self.into / "trials.jsonl")
+            for name in ("calibrate", "select", "certify"):
+                save_samples(getattr(workload, name), self.work / "data" / name)
+            limit = memory_limit or int(machine.memory_bytes * MEMORY_SHARE)
+            skeleton = workload.model.content if workload.model.form is Form.TORCH else None
+            subject = Subject(original, Artifact(()), self.work / "rungs" / original.key, skeleton)
+            data = self.work / "data"
+            bench = Bench(subject, workload.model.signature, workload.metric, data, machine, goal.batch, limit)
+            workshop = Workshop(workload, machine, self.work / "steps", data, limit)
+            self.grounds = Grounds(workshop, bench, goal, self.work)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        self._done = self.finished is not None
+        self._news = False  # whether this call has added anything to what was there
 
     @property
     def finished(self) -> Bundle | None:
         """The bundle of an earlier search here that had nothing left to try for this very goal."""
         before = self._before
         same = before is not None and before.goal == self.goal and before.machine.key == self.machine.key
-        return before if before is not None and same and before.run.get("finished") else None
+        if before is None or not same or not before.run["finished"]:
+            return None
+        return before if before.run["budget_seconds"] >= self.budget.seconds else None
 
     def history(self) -> tuple[Trial, ...]:
-        """The trials of earlier searches here that still count: this machine's, with their files in place."""
+        """The trials of earlier searches here that still count.
+
+        They are this machine's, of this goal's batch, with their files in place; what was refused for a reason that
+        may have passed since, or under a goal that was stricter, is tried anew.
+        """
         trials = []
         for trial in self.journal.read(self.machine.key):
+            if not self._still_counts(trial):
+                continue
             if trial.verified is not None:
                 folder, published = self.grounds.folder(trial.recipe), self.into / "rungs" / trial.recipe.key
                 if not folder.exists() and published.exists():
@@ -105,6 +122,17 @@ class Site:
             trials.append(trial)
         return tuple(trials)
 
+    def _still_counts(self, trial: Trial) -> bool:
+        evidence, outcome = trial.evidence, trial.outcome
+        if evidence is not None and evidence.batch != self.goal.batch:
+            return False
+        if not isinstance(outcome, Refused):
+            return True
+        if outcome.reason is Reason.BELOW_QUALITY:
+            checks = self.goal.judge(evidence).checks if evidence else ()
+            return any(c.outcome is Outcome.NOT_MET and c.bound in self.goal.quality_bounds for c in checks)
+        return outcome.reason not in MAY_PASS
+
     def note(self, history: tuple[Trial, ...], trial: Trial) -> tuple[Trial, ...]:
         """The history with one trial more; it is on the disk, and the bundle holds the best so far.
 
@@ -114,6 +142,7 @@ class Site:
         try:
             self.journal.append(trial)
             history = (*history, trial)
+            self._news = self._news or trial.verified is not None
             if trial.verified and any(t.verified and t.recipe == self.original for t in history):
                 self.save(history, "running")
         except OSError as error:
@@ -127,13 +156,15 @@ class Site:
         """Write the bundle with the best so far, not certified."""
         if not any(t.verified and t.recipe == self.original for t in history):
             raise UsageError("stopped before the original was measured: there is nothing to keep yet")
+        if why == "interrupted" and self._before is not None and not self._news and self._before.goal == self.goal:
+            return self._before  # nothing was added to what an earlier search left: its certificates stay
         ladder, best = uncertified(history, self.original, self.goal)
         return self._write(ladder, best, history, why, None, None)
 
     def finish(self, history: tuple[Trial, ...], doing: Callable[[Recipe, str], None]) -> Bundle:
         """Certify, profile, and write the bundle for good; the work folder goes."""
         chunk = self.workload.select.chunks[0]
-        probe = chunk.rows(slice(0, self.workload.fixed_batch or PROBE_ROWS)).inputs
+        probe = filled(chunk.rows(slice(0, PROBE_ROWS)).inputs, self.workload.fixed_batch)
         explored = self.budget.to_explore > 0
         ladder, best, certificate = certify(history, self.original, self.grounds, probe, self.budget, doing)
         for trial in certificate.failed:
@@ -142,9 +173,10 @@ class Site:
         kept = {rung.recipe.key for rung in ladder.rungs}
         parity = Parity(probe, answers[self.original.key], {k: v for k, v in answers.items() if k in kept})
         why = "nothing left worth its time" if explored else "the budget was used"
-        bundle = self._write(ladder, best, history, why, parity, self._profile())
+        bundle = self._write(ladder, best, history, why, parity, None)
         self._done = True
-        return bundle
+        profile = self._profile()  # an interrupt from here on costs the profile alone
+        return self._write(ladder, best, history, why, parity, profile) if profile else bundle
 
     def close(self) -> None:
         self.grounds.workshop.close()
@@ -205,11 +237,12 @@ class Site:
     def _publish(self, rung: Rung) -> None:
         """A rung's files into the bundle, by link where the file system can."""
         source, target = self.grounds.folder(rung.recipe), self.into / "rungs" / rung.recipe.key
-        if target.exists() or not source.exists():
+        if not source.exists() or _is_whole(rung.artifact, target):
             return
         part = target.with_name(target.name + ".part")
         shutil.rmtree(part, ignore_errors=True)
         shutil.copytree(source, part, copy_function=_link)
+        shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
 
     def _workload_facts(self) -> dict[str, Any]:
@@ -274,6 +307,15 @@ def _bundle_in(into: Path, workload: Workload) -> Bundle | None:
         raise UsageError(f"into={str(into)!r} holds something that is not a bundle; give a new or an empty folder")
     (into / "trials.jsonl").unlink(missing_ok=True)  # trials of nobody knows which model
     return None
+
+
+def _is_whole(artifact: Artifact, folder: Path) -> bool:
+    """Whether a folder holds just these files; not so where a recipe was built anew, with other bytes."""
+    try:
+        check_files(artifact, folder)
+    except RefusalError:
+        return False
+    return True
 
 
 def _lock(path: Path) -> int:

@@ -71,7 +71,7 @@ class Workshop:
         Raises:
             RefusalError: it can't be profiled.
         """
-        return self._open().call(_profile, seconds, timeout=4 * seconds + 30)
+        return self._open().call(_profile, seconds, timeout=1.5 * seconds + 5)
 
     def close(self) -> None:
         if self._child is not None:
