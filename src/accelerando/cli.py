@@ -136,9 +136,8 @@ def bench(
     original = call_target(model) if model and not model.endswith(".onnx") else None
     reference = reference_of(opened, original)
     if not reference.is_original:
-        _say(
-            f"the original's code is not at hand (--model FILE:FUNCTION): against {words.recipe(reference.rung.recipe)}"
-        )
+        against, origin = words.recipe(reference.rung.recipe), opened.workload["origin"] or "FILE:FUNCTION"
+        _say(f"a bundle's own code is not run unasked (--model {origin}): measured against {against}")
     for one in bench_again(opened, reference):
         if one.speedup is None or one.latency is None:
             _say(f"{words.recipe(one.rung.recipe)}: {one.refusal}")
