@@ -131,6 +131,17 @@ def test_it_goes_on_until_there_are_calls_enough_for_the_quantile_that_is_asked(
     assert sum(1 for _ in fight(1.0, 0, Effort(8, 8, 0.1, calls=500)).seconds) >= 500
 
 
+def test_a_contest_tells_apart_what_is_close_on_a_machine_that_changes() -> None:
+    right = 0
+    for seed in range(60):
+        world = World(np.random.default_rng(seed))
+        arms = [FakeArm(world, 1e-3 / s) for s in (3.0, 3.3)]
+        first, second = duel_module.contest(arms, FakeArm(world, 1e-3), SELECT, cores=2, seed=seed)
+        assert np.array_equal(first.rounds[:, 1], second.rounds[:, 1])
+        right += second.speedup.mid > first.speedup.mid
+    assert right >= 55
+
+
 def test_disturbed_rounds_are_kept_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(1000))
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -220,13 +221,23 @@ def test_at_the_end_it_measures_again_what_cannot_be_told_apart() -> None:
     twins = [r for r in EVERY if r.backend.name == "quick" and not any(s.name == "int8" for s in r.steps)][:2]
     trials = [outcome(SPACE.original, 0)]
     trials += [
-        Trial(r, Verified(Artifact(()), fake_evidence(speedup=3.0, noise=0.05, rounds=12, seed=i)), 10)
+        Trial(r, Verified(Artifact(()), fake_evidence(speedup=3.0, noise=0.05, n=2000, rounds=12, seed=i)), 10)
         for i, r in enumerate(twins)
     ]
     proposal = ask(SPACE, trials, GOAL, Budget(500, clock, 0.0))
     assert proposal is not None
     assert proposal.again
-    assert proposal.recipe in twins
+    assert {proposal.recipe, *proposal.rivals} == set(twins)
+
+
+def test_what_was_in_one_contest_does_not_race_again() -> None:
+    clock = Clock(350.0)
+    twins = [r for r in EVERY if r.backend.name == "quick" and not r.steps[1:]][:2]
+    evidence = [fake_evidence(speedup=3.0, noise=0.05, n=2000, rounds=12, seed=i) for i in range(2)]
+    same = replace(evidence[1], rounds=np.stack([evidence[1].rounds[:, 0], evidence[0].rounds[:, 1]], axis=1))
+    trials = [outcome(SPACE.original, 0)]
+    trials += [Trial(r, Verified(Artifact(()), e), 10) for r, e in zip(twins, (evidence[0], same), strict=True)]
+    assert ask(SPACE, trials, GOAL, Budget(500, clock, 0.0)) is None
 
 
 def test_planning_derives_the_routes_from_forms_and_stages() -> None:

@@ -18,7 +18,7 @@ from accelerando.recipe import Recipe
 from accelerando.report.progress import Progress, Quiet, Watcher
 from accelerando.result import Result
 from accelerando.search.budget import Budget
-from accelerando.search.grounds import attempt
+from accelerando.search.grounds import attempt, race
 from accelerando.search.proposal import ask, leader
 from accelerando.search.site import Site
 from accelerando.search.space import Space
@@ -97,12 +97,18 @@ def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watc
         history = site.note(history, trial)
     while proposal := ask(space, history, site.goal, site.budget):
         recipe = proposal.recipe
-        watcher.phase("measuring again what can't be told apart" if proposal.again else "looking for faster recipes")
-        trial = attempt(proposal, site.grounds, history, site.budget.left, partial(watcher.trying, recipe))
+        if proposal.rivals:
+            watcher.phase("telling the best apart, in the same rounds")
+            watcher.trying(recipe, "racing")
+            trials = race(proposal, site.grounds, history, site.budget.to_race)
+        else:
+            watcher.phase("measuring the best again" if proposal.again else "looking for faster recipes")
+            trials = [attempt(proposal, site.grounds, history, site.budget.left, partial(watcher.trying, recipe))]
         if recipe == space.original and not proposal.again:
-            _must_run(trial)
-        history = site.note(history, trial)
-        watcher.found(trial, _best(history, site.goal, space.original))
+            _must_run(trials[0])
+        for trial in trials:
+            history = site.note(history, trial)
+            watcher.found(trial, _best(history, site.goal, space.original))
     return history
 
 

@@ -116,6 +116,10 @@ class Evidence:
         """Whether the two speedups' intervals do not even touch."""
         return self.speedup.low > other.speedup.high
 
+    def same_contest(self, other: Evidence) -> bool:
+        """Whether both were timed in the very same rounds, against the same calls of the original."""
+        return np.array_equal(self.rounds[:, 1], other.rounds[:, 1])
+
     def doubts(self) -> tuple[str, ...]:
         """What a careful reader would doubt in these figures; empty where nothing is."""
         found = []

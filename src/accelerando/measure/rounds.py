@@ -9,7 +9,7 @@ makes an honest 95 % into less (Wald 1947; Johari et al., *Operations Research* 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -60,6 +60,7 @@ class Effort:
 
 SCREEN = Effort(least=6, most=6, block_seconds=0.1)
 SELECT = Effort(least=8, most=16, block_seconds=0.1, narrow=0.04, seconds=10.0)
+RACE = Effort(least=12, most=40, block_seconds=0.1, narrow=0.02, seconds=25.0)
 CERTIFY = Effort(least=20, most=60, block_seconds=0.15)
 
 
@@ -90,7 +91,7 @@ def duel(
     seed: int = 0,
     answered: Callable[[Interval], bool] = lambda interval: False,
 ) -> Rounds:
-    """Time two arms against each other.
+    """Time a candidate against the original.
 
     Args:
         cores: how many this machine has, for the share that others took.
@@ -100,22 +101,48 @@ def duel(
     Raises:
         RefusalError: an arm died, hung or outgrew its memory.
     """
+    return contest([candidate], original, effort, cores=cores, seed=seed, answered=answered)[0]
+
+
+def contest(
+    candidates: Sequence[Fighter],
+    original: Fighter,
+    effort: Effort,
+    *,
+    cores: int,
+    seed: int = 0,
+    answered: Callable[[Interval], bool] = lambda interval: False,
+) -> list[Rounds]:
+    """Time several candidates and the original in the same rounds, in random order; a duel is a contest of one.
+
+    What is close is told apart in the same minutes: load from outside slows some backends more than others, so
+    ratios to the original that were taken at different times can't be held against each other.
+
+    Raises:
+        RefusalError: an arm died, hung or outgrew its memory.
+    """
     rng, start = np.random.default_rng(seed), time.monotonic()
-    rows, stolen = [], []
-    seconds: tuple[list[Floats], list[Floats]] = ([], [])
-    arms = (candidate, original)
-    while True:
-        before = Activity.now([a.pid for a in arms])
-        medians = [0.0, 0.0]
-        for i in rng.permutation(2):
+    arms = [*candidates, original]
+    pids = [a.pid for a in arms]
+    seconds: list[list[Floats]] = [[] for _ in arms]
+    rows: list[list[float]] = []
+    stolen: list[float] = []
+    over = False
+    while not over:
+        before, medians = Activity.now(pids), [0.0] * len(arms)
+        for i in rng.permutation(len(arms)):
             block = arms[i].block(effort.block_seconds, effort.timeout)
             seconds[i].append(block)
             medians[i] = float(np.median(block))
-        stolen.append(before.stolen_until(Activity.now([a.pid for a in arms]), cores))
+        stolen.append(before.stolen_until(Activity.now(pids), cores))
         rows.append(medians)
         late = time.monotonic() - start > effort.seconds and len(rows) >= FEW_ROUNDS
-        if late or _over(np.array(rows), sum(map(len, seconds[0])), effort, answered):
-            return Rounds(np.array(rows), np.array(stolen), np.concatenate(seconds[0]), np.concatenate(seconds[1]))
+        table, calls = np.array(rows), min(sum(map(len, s)) for s in seconds[:-1])
+        over = late or all(_over(table[:, [i, -1]], calls, effort, answered) for i in range(len(candidates)))
+    table, last = np.array(rows), np.concatenate(seconds[-1])
+    return [
+        Rounds(table[:, [i, -1]], np.array(stolen), np.concatenate(seconds[i]), last) for i in range(len(candidates))
+    ]
 
 
 def _over(rounds: Floats, calls: int, effort: Effort, answered: Callable[[Interval], bool]) -> bool:

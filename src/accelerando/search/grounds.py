@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 import traceback
@@ -16,11 +17,11 @@ from accelerando.goal import Goal, Outcome
 from accelerando.interval import Interval
 from accelerando.measure.arm import LOAD_SECONDS, Subject
 from accelerando.measure.bench import Bench, examine
-from accelerando.measure.rounds import SELECT, Rounds
+from accelerando.measure.rounds import RACE, SELECT, Rounds, contest
 from accelerando.recipe import Artifact, File, Recipe
 from accelerando.search.proposal import LOSSLESS_DROP, Proposal
 from accelerando.search.workshop import Built, Workshop
-from accelerando.trial import Evidence, Refused, Trial, Verified
+from accelerando.trial import Evidence, Refused, Trial, Verified, thin
 
 BUILD_SECONDS = 300.0  # a build that takes longer has hung, whatever the budget
 HOPE = 0.9  # a candidate that is under this share of the original's speed after the screen is turned away
@@ -95,6 +96,39 @@ def attempt(
     if isinstance(outcome, Refused):
         shutil.rmtree(grounds.folder(recipe), ignore_errors=True)
     return Trial(recipe, outcome, time.monotonic() - start, log)
+
+
+def race(proposal: Proposal, grounds: Grounds, history: tuple[Trial, ...], seconds_left: float) -> list[Trial]:
+    """The proposal's recipe and its rivals in one contest: a trial for each, whose speed is the contest's alone.
+
+    Their scores were measured and stay.  A rival that fails is refused; the others race without it.
+    """
+    start, known = time.monotonic(), standing(history)
+    runners = [known[r.key] for r in (proposal.recipe, *proposal.rivals)]
+    grounds.bench.patience, trials, ready = LOAD_SECONDS, [], []
+    with contextlib.ExitStack() as stack:
+        for trial in runners:
+            assert trial.verified is not None
+            try:
+                subject = grounds.subject(trial.recipe, trial.verified.artifact)
+                ready.append((trial, stack.enter_context(grounds.bench.arm(subject, "select"))))
+            except RefusalError as error:
+                trials.append(replace(trial, outcome=Refused(error.reason, error.detail)))
+        try:
+            effort = replace(RACE, seconds=min(RACE.seconds, max(5.0, seconds_left)))
+            arms, original = [arm for _, arm in ready], grounds.bench.original_arm
+            seen = contest(arms, original, effort, cores=grounds.bench.machine.cores, seed=len(history))
+        except RefusalError as error:
+            return [replace(runners[-1], outcome=Refused(error.reason, f"while racing: {error.detail}"))]
+    for (trial, _), rounds in zip(ready, seen, strict=True):
+        assert trial.verified is not None
+        timed = replace(
+            trial.verified.evidence, rounds=rounds.rounds, stolen=rounds.stolen, seconds=thin(rounds.seconds),
+            original_seconds=thin(rounds.original_seconds),
+        )  # fmt: skip
+        took = (time.monotonic() - start) / len(ready)
+        trials.append(replace(trial, outcome=replace(trial.verified, evidence=timed), seconds=took))
+    return trials
 
 
 def standing(history: Sequence[Trial]) -> dict[str, Trial]:

@@ -3,7 +3,7 @@
 Explore while there is time: every technique and backend gets its first trial before any gets its second; after
 that, of all recipes that are one step from what is known, the one that promises most for its cost, where the
 promise is the expected gain in speed times the probability that quality holds (Gardner et al. 2014, constrained
-expected improvement).  Then race: measure again whatever can't be told from the best, the least measured first.
+expected improvement).  Then race: the best and whatever can't be told from it are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -28,17 +28,21 @@ MEASURING_SECONDS = 4.0  # what measuring takes, whatever it is
 NEW_SHARE = 0.4  # of the time left that trying something altogether new may take before its turn
 BLURRED = 0.3  # relative width of the best's interval over which it is measured again at once
 SHARP_ROUNDS = 48
-RACE_ROUNDS = 120  # enough is enough: what can't be told apart by then need not be
+RIVALS = 3  # how many race against the best
 BUILD_FAILURES = frozenset(Reason) - {Reason.TOO_SLOW, Reason.BELOW_QUALITY, Reason.TIMED_OUT}
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A recipe to try, why, and whether it is to be measured again rather than built."""
+    """A recipe to try, and why.
+
+    `again`: it is to be measured again rather than built.  `rivals`: with these, in the same rounds.
+    """
 
     recipe: Recipe
     why: str
     again: bool = False
+    rivals: tuple[Recipe, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,7 @@ def ask(space: Space, trials: Sequence[Trial], goal: Goal, budget: Budget) -> Pr
     if budget.to_explore > 0 and (found := _explore(space, history, goal, best, budget)):
         return found
     if budget.to_race > 0:
-        return _race(history, best, goal)
+        return _race(history, best, goal, space.original)
     return None
 
 
@@ -221,24 +225,27 @@ def _asked_speedup(goal: Goal, best: Evidence) -> float:
     return max(asked)
 
 
-def _race(history: History, best: Trial | None, goal: Goal) -> Proposal | None:
-    """Measure again whatever can't be told from the best, until it can."""
-    if best is None or best.evidence is None:
+def _race(history: History, best: Trial | None, goal: Goal, original: Recipe) -> Proposal | None:
+    """The best and its rivals in one contest, unless they were in one already."""
+    if best is None or best.evidence is None or best.recipe == original:
         return None
     lead = best.evidence
     rivals = [
         t
         for t in history.verified
-        if t.recipe.key != best.recipe.key
+        if t.recipe not in (best.recipe, original)
         and t.evidence is not None
         and _holds(t.evidence, goal) == _holds(lead, goal)
-        and t.evidence.speedup.high >= lead.speedup.low
+        and (t.evidence.speedup.high >= lead.speedup.low or t.evidence.latency().mid <= lead.latency().high)
     ]
-    if not rivals:
+    by_ratio = sorted(rivals, key=lambda t: -_speed(t.evidence))
+    by_clock = sorted(rivals, key=lambda t: t.evidence.latency().mid if t.evidence else math.inf)
+    chosen = list({t.recipe.key: t for pair in zip(by_ratio, by_clock, strict=True) for t in pair}.values())[:RIVALS]
+    if all(t.evidence is not None and t.evidence.same_contest(lead) for t in chosen):
         return None
-    close = sorted(rivals, key=lambda t: -_speed(t.evidence))[:3]
-    open_ = [t for t in (best, *close) if t.evidence is not None and len(t.evidence.rounds) < RACE_ROUNDS]
-    if not open_:
-        return None
-    least = min(open_, key=lambda t: (len(t.evidence.rounds) if t.evidence else 0, t.recipe.key))
-    return Proposal(least.recipe, f"can't be told from the best yet ({len(rivals)} rivals)", again=True)
+    return Proposal(
+        best.recipe,
+        "what can't be told from the best races with it",
+        again=True,
+        rivals=tuple(t.recipe for t in chosen),
+    )
