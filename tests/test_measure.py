@@ -144,7 +144,7 @@ def subject(model: Model, folder: Path, **knobs: object) -> Subject:
 
 
 def test_evidence_is_whole(bench) -> None:
-    evidence = examine(subject(bench.model, bench.tmp, slower=2.0), bench, "select", QUICK)
+    evidence = examine(subject(bench.model, bench.tmp, slower=4.0), bench, "select", QUICK)
     assert evidence.speedup.high < 0.75
     assert evidence.drop.mid == 0
     assert len(evidence.scores) == len(open_samples(bench.data / "select"))
