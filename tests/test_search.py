@@ -280,7 +280,7 @@ def test_a_belief_moves_what_shares_a_part_and_hardly_what_does_not() -> None:
     other = Recipe((Export(),), Slow())
     moved = [abs(seen.about(r)[0] - before.about(r)[0]) for r in (quick(1), other)]
     assert moved[1] < moved[0]
-    assert seen.about(other)[1] > 2 * seen.about(quick(1))[1]
+    assert seen.about(other)[1] > seen.about(quick(1))[1]
     own = Recipe((), Eager(1))
     assert seen.about(own) == before.about(own)
 

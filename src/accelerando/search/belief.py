@@ -27,16 +27,18 @@ class Prior:
 
 
 # In log speedup.  Compiling usually helps, by how much is open, and compilers differ less from each other than all
-# do from the original; one knob changes little.
+# do from the original; how wide a backend works (threads, batch, streams) changes more than any other knob.
+WIDTHS = frozenset({"threads", "batch", "streams"})
 SPEED = {
     "compiled": Prior(0.6, 0.8), "backend": Prior(0.0, 0.4), "own": Prior(0.0, 0.2), "exact": Prior(0.0, 0.1),
-    "step": Prior(0.15, 0.4), "pair": Prior(0.0, 0.35), "knob": Prior(0.0, 0.15), "knob pair": Prior(0.0, 0.12),
+    "step": Prior(0.15, 0.4), "pair": Prior(0.0, 0.35), "width": Prior(0.0, 0.3), "knob": Prior(0.0, 0.1),
+    "knob pair": Prior(0.0, 0.12),
 }  # fmt: skip
 # In relative drop.  Exact steps lose nothing; what a knob adds or takes is small.
 EXACT = Prior(0.0, 0.0005)
 DROP = {
     "compiled": EXACT, "backend": EXACT, "own": EXACT, "exact": EXACT, "step": Prior(0.004, 0.02),
-    "pair": Prior(0.0, 0.005), "knob": Prior(0.0, 0.004), "knob pair": Prior(0.0, 0.001),
+    "pair": Prior(0.0, 0.005), "width": EXACT, "knob": Prior(0.0, 0.004), "knob pair": Prior(0.0, 0.001),
 }  # fmt: skip
 
 
@@ -44,7 +46,7 @@ def parts(recipe: Recipe) -> tuple[tuple[str, str], ...]:
     """A recipe as (kind of part, name of part) pairs."""
     backend = recipe.backend
     found = [("compiled", "compiled"), ("backend", backend.name)] if backend.portable else [("own", backend.name)]
-    found += [("knob", f"{backend.name}.{k}={v}") for k, v in changed(backend)]
+    found += [("width" if k in WIDTHS else "knob", f"{backend.name}.{k}={v}") for k, v in changed(backend)]
     for step in recipe.steps:
         found.append(("exact" if step.exact else "step", step.name))
         found += [("knob", f"{step.name}.{k}={v}") for k, v in changed(step)]
