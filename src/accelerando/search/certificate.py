@@ -77,7 +77,7 @@ def certify(
             queue = _unique([*queue[:1], runners_up.pop(0), *queue[1:]])
     rungs = list(done.rungs.values())
     if original.key not in done.rungs:
-        raise RefusalError(Reason.CRASHED, str(done.failed[-1].outcome))
+        raise RefusalError(Reason.CRASHED, getattr(done.failed[-1].outcome, "detail", ""))
     best = best or max(rungs, key=lambda r: goal.merit(r.evidence))
     climbed = Ladder.of(rungs, original, keep=best.recipe)
     return climbed, _on(climbed, best, goal), done

@@ -114,12 +114,15 @@ def race(proposal: Proposal, grounds: Grounds, history: tuple[Trial, ...], secon
                 ready.append((trial, stack.enter_context(grounds.bench.arm(subject, "select"))))
             except RefusalError as error:
                 trials.append(replace(trial, outcome=Refused(error.reason, error.detail)))
+        if not ready:
+            return trials
         try:
             effort = replace(RACE, seconds=min(RACE.seconds, max(5.0, seconds_left)))
             arms, original = [arm for _, arm in ready], grounds.bench.original_arm
             seen = contest(arms, original, effort, cores=grounds.bench.machine.cores, seed=len(history))
         except RefusalError as error:
-            return [replace(runners[-1], outcome=Refused(error.reason, f"while racing: {error.detail}"))]
+            outcome = Refused(error.reason, f"while racing: {error.detail}")
+            return [*trials, *(replace(trial, outcome=outcome) for trial, arm in ready if not arm.alive)]
     for (trial, _), rounds in zip(ready, seen, strict=True):
         assert trial.verified is not None
         timed = replace(
