@@ -12,6 +12,11 @@ BENCHMARKS = {
     "text-32": ("benchmarks.cases", "a transformer text classifier, batch 32"),
     "lstm-1": ("benchmarks.cases", "an LSTM, batch 1"),
     "lstm-32": ("benchmarks.cases", "an LSTM, batch 32"),
+    "vit-heal": ("benchmarks.cases", "the ViT with all its training data, at least 10 times as fast"),
+    "resnet-heal": ("benchmarks.cases", "ResNet-56 with all its training data, at least 20 times as fast"),
+    "spoken": ("benchmarks.cases", "a convnet on spectrograms of spoken digits, trained here, batch 1"),
+    "sst2": ("benchmarks.cases", "a transformer on film reviews, trained here, batch 1"),
+    "ett": ("benchmarks.cases", "a forecaster of a transformer's temperature, trained here, batch 1"),
     "judge": ("benchmarks.judge", "how often the judge errs: equals called faster, planted losses missed"),
     "imports": ("benchmarks.imports", "what importing costs, and what comes along"),
     "overhead": ("benchmarks.overhead", "fast(x) over the raw session's own call"),
@@ -22,7 +27,7 @@ def main() -> None:
     names = sys.argv[1:]
     if not names or any(n not in BENCHMARKS for n in names):
         for name, (_, what) in BENCHMARKS.items():
-            print(f"{name:10} {what}")
+            print(f"{name:12} {what}")
         if names:
             sys.exit(f"\nno such benchmark: {', '.join(n for n in names if n not in BENCHMARKS)}")
         return

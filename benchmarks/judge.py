@@ -1,7 +1,8 @@
 """How often the judge errs, for real: two arms of the same files, a planted slowdown, and a planted loss.
 
-The arms run a small matrix product in processes of their own, as every duel does; each duel has fresh processes, so
-what luck a process has with its memory is in the figure.
+The arms compute hyperbolic tangents in processes of their own, as every duel does; each duel has fresh processes, so
+what luck a process has with its memory is in the figure.  One thread each: here the judge is on trial, and not what
+threads of a matrix product do when they must wait for a core.
 """
 
 from __future__ import annotations
@@ -26,12 +27,11 @@ _work: list[Any] = []
 def _prepare(size: int, slower: float) -> None:
     import time
 
-    rng = np.random.default_rng(0)
-    left, right = (rng.standard_normal((size, size)).astype(np.float32) for _ in range(2))
+    numbers = np.random.default_rng(0).standard_normal(size)
 
     def answer(leaves: Any) -> Any:
         start = time.perf_counter_ns()
-        out = left @ right
+        out = np.tanh(numbers)
         end = start + (time.perf_counter_ns() - start) * slower
         while time.perf_counter_ns() < end:
             pass
@@ -49,7 +49,7 @@ class Arm:
     child: Child
 
     @classmethod
-    def of(cls, slower: float, size: int = 160) -> Arm:
+    def of(cls, slower: float, size: int = 30_000) -> Arm:
         child = Child("an arm")
         child.call(_prepare, size, slower)
         return cls(child)
@@ -60,6 +60,9 @@ class Arm:
 
     def block(self, seconds: float, timeout: float) -> np.ndarray:
         return self.child.call(_block, seconds, timeout=timeout)
+
+    def typical(self, block: np.ndarray) -> float:
+        return float(np.median(block))
 
 
 def duels(count: int, slower: float, effort: Effort = SELECT) -> list[Any]:

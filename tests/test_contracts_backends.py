@@ -11,18 +11,24 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 
+from accelerando.backends.cascade import Cascade
 from accelerando.backends.eager import Eager
+from accelerando.backends.onnxruntime import Onnxruntime
 from accelerando.errors import RefusalError
 from accelerando.machine import Machine
 from accelerando.plugins import discover
-from accelerando.recipe import Artifact, Backend, Runner
+from accelerando.recipe import Artifact, Backend, Recipe, Runner
 from accelerando.signature import Array, Signature
+from accelerando.techniques.export_onnx import ExportOnnx
 from accelerando.testing import backend_contract as contract
 from accelerando.workload import Form, Model
 
 BACKENDS = discover("backends")
 ABOUT_ANSWERS = (contract.check_parity, contract.check_fresh_process, contract.check_ready, contract.check_inputs)
 Prepare = Callable[[str, str], contract.Subject]
+EXPORTED = [Recipe((ExportOnnx(),), Onnxruntime(threads=n)) for n in (1, 0)]
+# What a backend can't be without; half of the rows go on to the second.
+KNOBS: dict[str, dict[str, Any]] = {"cascade": Cascade.of(*EXPORTED, "entropy", 0.02).knobs}
 
 
 def slow(name: str, case: str) -> bool:
@@ -39,7 +45,8 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Prepare:
         if kind.missing():
             pytest.skip(f"{name} needs {', '.join(kind.missing())}")
         if (name, case) not in subjects:
-            subjects[name, case] = contract.prepare(kind, case, tmp_path_factory.mktemp(f"{name}-{case}"))
+            folder = tmp_path_factory.mktemp(f"{name}-{case}")
+            subjects[name, case] = contract.prepare(kind, case, folder, **KNOBS.get(name, {}))
         return subjects[name, case]
 
     return get

@@ -22,7 +22,7 @@ def test_equals_are_hardly_ever_called_faster() -> None:
 @pytest.mark.slow
 def test_what_is_slower_is_not_called_faster_and_what_is_thrice_as_slow_is_seen() -> None:
     assert sum(s.low > 1 for s in duels(10, 1.05, SHORT)) <= 1
-    assert sum(s.high < 1 for s in duels(10, 3.0, SHORT)) >= 7  # other tests run beside this one and may hide some
+    assert sum(s.high < 1 for s in duels(10, 3.0, SHORT)) >= 5  # other tests run beside this one and may hide some
 
 
 def test_a_planted_loss_of_one_point_is_seen() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from accelerando.adoption import adopt
 from accelerando.errors import DataError, Reason, RefusalError
 from accelerando.machine import Machine
-from accelerando.measure.arm import Arm, Subject, open_samples, save_samples, timed_batches
+from accelerando.measure.arm import Arm, Subject, mixed_batches, open_samples, save_samples, timed_batches
 from accelerando.measure.bench import Bench, examine
 from accelerando.measure.child import Child
 from accelerando.measure.rounds import Effort
@@ -119,6 +120,16 @@ def test_timed_batches_have_the_size_that_is_asked_for_also_with_few_rows() -> N
     batches = timed_batches(rows, 8)
     assert all(len(b[0]) == 8 for b in batches)
     assert {b[0].shape[1] for b in batches} == {2, 4}
+
+
+def test_a_mix_brings_every_row_once_before_any_comes_again() -> None:
+    rows = Samples((Chunk((np.arange(50, dtype=np.float32)[:, None],), None),))
+    turns = [np.concatenate([b[0][:, 0] for b in islice(mixed_batches(rows, 5, seed), 20)]) for seed in (0, 1)]
+    for turn in turns:
+        assert sorted(turn[:50]) == sorted(turn[50:]) == list(range(50))
+    assert not np.array_equal(*turns)
+    few = next(mixed_batches(Samples((Chunk((np.zeros((3, 2), np.float32),), None),)), 8))
+    assert few[0].shape == (8, 2)
 
 
 # --- the bench --------------------------------------------------------------------------------------------------

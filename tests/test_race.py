@@ -38,6 +38,9 @@ class Arm:
             raise RefusalError(Reason.CRASHED, "died of SIGSEGV")
         return np.full(5, 1e-3)
 
+    def typical(self, block: np.ndarray) -> float:
+        return float(np.median(block))
+
 
 def run(*fates: str) -> list[bool]:
     """Race recipes with these fates; for each trial that comes back, in order of level, whether it is verified."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from accelerando.interval import Interval
 from accelerando.measure import rounds as duel_module
+from accelerando.measure.clock import MIX_REPEATS, mix_seconds, time_mix
 from accelerando.measure.rounds import SELECT, Effort, Rounds, duel
 
 
@@ -38,6 +40,9 @@ class FakeArm:
     def block(self, seconds: float, timeout: float) -> np.ndarray:
         slow = self.world.step()
         return self.seconds * slow * np.exp(self.world.rng.normal(0, 0.05, size=20))
+
+    def typical(self, block: np.ndarray) -> float:
+        return float(np.median(block))
 
 
 def fight(ratio: float, seed: int, effort: Effort = SELECT, swap: bool = False, **options: object) -> Rounds:
@@ -140,6 +145,59 @@ def test_a_contest_tells_apart_what_is_close_on_a_machine_that_changes() -> None
         assert np.array_equal(first.rounds[:, 1], second.rounds[:, 1])
         right += second.speedup.mid > first.speedup.mid
     assert right >= 55
+
+
+# --- what takes longer for some inputs --------------------------------------------------------------------------
+
+
+@dataclass
+class Moody(FakeArm):
+    """An arm that takes `seconds` for nine inputs of ten and 21 times as long for the tenth: thrice on the mean."""
+
+    inputs: int = 48
+
+    def block(self, seconds: float, timeout: float) -> np.ndarray:
+        rng, slow = self.world.rng, self.world.step()
+        each = self.seconds * np.where(rng.random(self.inputs) < 0.1, 21.0, 1.0)
+        others = np.where(rng.random((MIX_REPEATS, self.inputs)) < 0.005, 50.0, 1.0)  # somebody else's turn
+        return (slow * each * others * np.exp(rng.normal(0, 0.05, size=others.shape))).ravel()
+
+    def typical(self, block: np.ndarray) -> float:
+        return mix_seconds(block)
+
+
+def moody(seed: int, kind: type[Moody] = Moody) -> Interval:
+    world = World(np.random.default_rng(seed))
+    return duel(kind(world, 1e-3), FakeArm(world, 3e-3), Effort(24, 24, 0.1), cores=2, seed=seed).speedup
+
+
+def test_a_path_that_one_input_in_ten_takes_is_in_the_figure() -> None:
+    seen = [moody(seed) for seed in range(100)]
+    assert np.median([s.mid for s in seen]) == pytest.approx(1.0, abs=0.06)
+    assert np.mean([s.low <= 1.0 <= s.high for s in seen]) >= 0.9  # and so is which inputs were drawn
+
+
+def test_sabotage_a_median_over_calls_does_not_see_that_path() -> None:
+    class Sly(Moody):
+        def typical(self, block: np.ndarray) -> float:
+            return float(np.median(block))
+
+    assert moody(0, Sly).low > 2.0  # "three times faster": it is no faster at all
+
+
+def test_the_clock_gives_every_input_of_a_mix_its_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a clock of our own: 90 % of calls take 1 ms, 10 % take 21 ms, and two calls are stretched by others."""
+    now, calls = [0], [0]
+
+    def run(batch: tuple[int, ...]) -> None:
+        calls[0] += 1
+        now[0] += batch[0] * 1_000_000 * (40 if calls[0] in (20, 40) else 1)
+
+    monkeypatch.setattr(time, "perf_counter_ns", lambda: now[0])
+    block = time_mix(run, [(21,) if i % 10 == 0 else (1,) for i in range(50)])
+    assert len(block) == 50 * MIX_REPEATS
+    assert mix_seconds(block) == pytest.approx(3e-3)
+    assert np.median(block) == pytest.approx(1e-3)
 
 
 def test_disturbed_rounds_are_kept_and_marked(monkeypatch: pytest.MonkeyPatch) -> None:

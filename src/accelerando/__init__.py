@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from accelerando.machine import Machine
     from accelerando.pipeline import accelerate
     from accelerando.recipe import Backend, Recipe, Technique
+    from accelerando.renewal import refresh
     from accelerando.serve.runtime import FastModel, MachineWarning, load
 
     __version__: str
@@ -55,10 +56,12 @@ __all__ = [
     "__version__",
     "accelerate",
     "load",
+    "refresh",
 ]
 
 _HOMES = {
     "accelerate": "pipeline",
+    "refresh": "renewal",
     "Bundle": "bundle",
     "Goal": "goal",
     "Interval": "interval",

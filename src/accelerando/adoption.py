@@ -27,7 +27,14 @@ CALIBRATION_ROWS = 512  # more adds time and no accuracy to post-training quanti
 SELECT_SHARE = 0.4  # of what is judged; certify gets the rest, for the verdict stands on it
 
 
-def adopt(model: Any, data: Any, train: Any = None, metric: str | Callable[[Any, Any], Any] | None = None) -> Workload:
+def adopt(
+    model: Any,
+    data: Any,
+    train: Any = None,
+    metric: str | Callable[[Any, Any], Any] | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    augment: Callable[[Any], Any] | None = None,
+) -> Workload:
     """Take in a model and data as a user has them.
 
     Args:
@@ -36,6 +43,8 @@ def adopt(model: Any, data: Any, train: Any = None, metric: str | Callable[[Any,
             iterable of batches of these.  Axis 0 of every array is the batch.
         train: more of the same, for calibration and retraining; without it a part of `data` is set aside.
         metric: a name, a function (outputs, targets) -> per-sample scores, or None to guess.
+        loss: for retraining, (the model's answer, targets) -> a scalar tensor; None to guess.
+        augment: for retraining, a tuple of input tensors (n, ...) -> another; None for a safe default.
 
     Raises:
         ModelError: the model can't be called with the data, or answers with NaN.
@@ -62,7 +71,7 @@ def adopt(model: Any, data: Any, train: Any = None, metric: str | Callable[[Any,
         calibrate, select, certify = rows.split(aside, (1 - aside) * SELECT_SHARE, (1 - aside) * (1 - SELECT_SHARE))
     ready = Model(owned.form, owned.content, signature)
     digest = _digest(ready, chosen, calibrate, select, certify)
-    return Workload(ready, chosen, calibrate, select, certify, train_rows, tuple(notes), digest)
+    return Workload(ready, chosen, calibrate, select, certify, train_rows, tuple(notes), digest, loss, augment)
 
 
 @dataclass(frozen=True)

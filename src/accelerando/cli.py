@@ -61,7 +61,7 @@ def optimize(
     goal: GoalOption = "drop <= 1%",
     budget: BudgetOption = "6min",
     into: Annotated[Path, typer.Option(help="the bundle's folder")] = Path("bundle"),
-    train: Annotated[str | None, typer.Option(help="more data, for calibration: data.py:load, or an .npz")] = None,
+    train: Annotated[str | None, typer.Option(help="data to calibrate and retrain with: data.py:load, or .npz")] = None,
     metric: Annotated[str | None, typer.Option(help="a metric's name, or metric.py:function")] = None,
     prefer: Annotated[str | None, typer.Option(help="quality or speed")] = None,
     memory_limit: Annotated[int | None, typer.Option(help="MB that a candidate may hold")] = None,
@@ -82,6 +82,29 @@ def optimize(
         budget=budget, into=into, prefer=prefer, memory_limit=limit, origin=model, progress=not quiet,
     )  # fmt: skip
     _finish(result, html)
+
+
+@app.command()
+def refresh(
+    bundle: BundleArgument,
+    model: Annotated[str, typer.Option(help="the retrained original: model.py:build, or model.onnx")],
+    data: Annotated[str, typer.Option(help="data.py:load, or samples.npz")],
+    into: Annotated[Path, typer.Option(help="the new bundle's folder")],
+    train: Annotated[str | None, typer.Option(help="training data, where recipes heal: data.py:load, or .npz")] = None,
+    metric: Annotated[str | None, typer.Option(help="a metric's name, or metric.py:function")] = None,
+    budget: Annotated[str | None, typer.Option(help="how long it may take; a fifth of the search otherwise")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
+) -> None:
+    """Apply a bundle's recipes to new weights of its model, without a new search."""
+    _need("torch", "onnx", "cloudpickle")
+    from accelerando import renewal
+    from accelerando.targets import read_data, read_model
+
+    result = renewal.refresh(
+        bundle, read_model(model), read_data(data), into, train=read_data(train) if train else None,
+        metric=_metric(metric), budget=budget, origin=model, progress=not quiet,
+    )  # fmt: skip
+    _finish(result, None)
 
 
 @app.command()

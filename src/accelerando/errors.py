@@ -79,6 +79,7 @@ class Reason(Enum):
     NOT_SAME = "it should be exact, but answers differently", "a defect of the backend or the technique"
     BELOW_QUALITY = "it loses more quality than the goal allows", "a milder technique, or a wider bound"
     TOO_SLOW = "it can't win: others are clearly faster and no worse", "nothing: the better ones stay"
+    DIVERGED = "its training diverged", "a smaller learning rate, or inputs of a usual scale"
     OUT_OF_MEMORY = "it took more memory than the limit", "raise `memory_limit`, or a smaller batch"
     TIMED_OUT = "it took longer than its time limit", "raise the budget"
     CRASHED = "its process died or raised an error", "see the detail"

@@ -14,12 +14,13 @@ from accelerando.errors import GoalError, MissingExtraError, ModelError
 from accelerando.goal import Goal
 from accelerando.machine import Machine
 from accelerando.plugins import discover
-from accelerando.recipe import Recipe
+from accelerando.recipe import Recipe, Stage
 from accelerando.report.progress import Progress, Quiet, Watcher
 from accelerando.result import Result
 from accelerando.search.budget import Budget
 from accelerando.search.grounds import attempt, race
-from accelerando.search.proposal import ask, leader
+from accelerando.search.history import Proposal, front_of, leader
+from accelerando.search.proposal import ask
 from accelerando.search.site import Site
 from accelerando.search.space import Space
 from accelerando.trial import Refused, Trial
@@ -37,6 +38,8 @@ def accelerate(
     prefer: str | None = None,
     memory_limit: int | None = None,
     origin: str | None = None,
+    loss: Callable[[Any, Any], Any] | None = None,
+    augment: Callable[[Any], Any] | None = None,
     progress: Watcher | bool = True,
 ) -> Result:
     """Find, prove and ship the fastest faithful version of a model.
@@ -49,7 +52,8 @@ def accelerate(
             Dataset or any iterable of batches.  Axis 0 is the batch.  Inputs alone are fine: answers are then
             compared with the original's.
         goal: bounds on speed, quality, memory and size, as in `"speedup >= 4, drop <= 1%"`.
-        train: more data, for calibration; without it a part of `data` is set aside.
+        train: more data, for calibration and retraining: without it a part of `data` is set aside for calibration,
+            and nothing is retrained.  Its targets may be missing.
         metric: a name, a function (outputs, targets) -> per-sample scores, or None to guess.
         budget: wall-clock time, as in `"6min"`, or seconds.
         into: the bundle's folder; a search that is there is resumed.
@@ -58,6 +62,8 @@ def accelerate(
 
         prefer: "quality" or "speed", where the goal bounds both and several recipes meet it.
         memory_limit: bytes that a candidate may hold, building or running; by default four fifths of the machine's.
+        loss: for retraining, (the model's answer, targets) -> a scalar tensor; guessed where it is obvious.
+        augment: for retraining, a tuple of input tensors (n, ...) -> another; small shifts of images otherwise.
         origin: how to get the original again (`model.py:build`), for `accelerando bench`.
         progress: True to show it, False for silence, or a watcher of your own.
 
@@ -68,13 +74,13 @@ def accelerate(
         UsageError: a mistake in the arguments; raised before any work.
         BundleError: the folder holds something else.
     """
-    _need_extra()
+    need_extra()
     asked, allowance = Goal.parse(goal, prefer), Budget.parse(budget)
-    workload, machine = adopt(model, data, train=train, metric=metric), Machine.look()
+    workload, machine = adopt(model, data, train=train, metric=metric, loss=loss, augment=augment), Machine.look()
     asked.check(workload.metric)
     asked = _at_fixed_batch(asked, workload.fixed_batch)
-    space = Space.plan(workload.model, machine, discover("techniques"), discover("backends"), asked.batch)
-    watcher = _watcher(progress, allowance)
+    space = Space.plan(workload.teachable, machine, discover("techniques"), discover("backends"), asked.batch)
+    watcher = watcher_of(progress, allowance)
     with Site(into, workload, machine, asked, allowance, space.original, memory_limit, origin) as site, watcher:
         if site.finished is not None:
             return Result(site.finished)
@@ -102,17 +108,26 @@ def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watc
             watcher.trying(recipe, "racing")
             trials = race(proposal, site.grounds, history, site.budget.to_race)
         else:
-            watcher.phase("measuring the best again" if proposal.again else "looking for faster recipes")
+            watcher.phase(_phase(proposal))
             trials = [attempt(proposal, site.grounds, history, site.budget.left, partial(watcher.trying, recipe))]
         if recipe == space.original and not proposal.again:
-            _must_run(trials[0])
+            must_run(trials[0])
         for trial in trials:
             history = site.note(history, trial)
             watcher.found(trial, _best(history, site.goal, space.original))
     return history
 
 
-def _must_run(trial: Trial) -> None:
+def _phase(proposal: Proposal) -> str:
+    if proposal.again:
+        return "measuring the best again"
+    front = front_of(proposal.recipe)
+    if not front:
+        return "looking for faster recipes"
+    return "healing a shape that is fast enough" if front[-1].stage is Stage.HEAL else "measuring a smaller shape"
+
+
+def must_run(trial: Trial) -> None:
     """The original must be measurable, or nothing can be judged.
 
     Raises:
@@ -138,9 +153,9 @@ def _at_fixed_batch(goal: Goal, fixed: int | None) -> Goal:
     return replace(sized, text=str(sized))
 
 
-def _need_extra() -> None:
+def need_extra() -> None:
     """Raises MissingExtraError, with the pip line, where what the search itself needs is not installed."""
-    missing = [name for name in ("cloudpickle", "onnx") if find_spec(name) is None]
+    missing = [name for name in ("cloudpickle", "onnx", "optuna") if find_spec(name) is None]
     if missing:
         raise MissingExtraError(f"a search needs {', '.join(missing)}: pip install 'accelerando[optimize]'")
 
@@ -150,7 +165,8 @@ def _best(history: tuple[Trial, ...], goal: Goal, original: Recipe) -> Trial | N
     return leader([t for t in last.values() if t.verified and t.recipe != original], goal)
 
 
-def _watcher(progress: Watcher | bool, budget: Budget) -> Watcher:
+def watcher_of(progress: Watcher | bool, budget: Budget) -> Watcher:
+    """The watcher of a call: a live one, none, or the caller's own."""
     if isinstance(progress, bool):
         return Progress(budget.seconds) if progress else Quiet()
     return progress

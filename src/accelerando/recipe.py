@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 from accelerando.errors import BrokenPluginError, Reason, RefusalError
 from accelerando.machine import Machine
@@ -25,10 +25,14 @@ from accelerando.signature import Array, Signature
 from accelerando.workload import Form, Model, Samples
 
 Knob = bool | int | float | str | None
+AnyPlugin = TypeVar("AnyPlugin", bound="Plugin")
 
 
 class Stage(IntEnum):
-    """When a technique is applied; a recipe's stages never go back."""
+    """When a technique is applied.
+
+    A recipe's stages never go back, but that SHAPE and HEAL may alternate: a model is narrowed in steps.
+    """
 
     SHAPE = 0  # structure
     HEAL = 1  # retraining
@@ -104,6 +108,11 @@ class Plugin(ABC):
     typical_seconds: ClassVar[float] = 3.0  # what it takes on a small model; the search weighs it until it has measured
 
     @property
+    def expected_seconds(self) -> float:
+        """What it will take with these knobs, as far as it knows."""
+        return self.typical_seconds
+
+    @property
     def name(self) -> str:
         return snake(type(self).__name__)
 
@@ -111,6 +120,10 @@ class Plugin(ABC):
     def knobs(self) -> dict[str, Knob]:
         """The settings by name, in the order of their definition."""
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # type: ignore[arg-type]
+
+    def with_knobs(self: AnyPlugin, **knobs: Knob) -> AnyPlugin:
+        """The same with some knobs turned."""
+        return dataclasses.replace(self, **knobs)  # type: ignore[type-var]
 
     @classmethod
     def missing(cls) -> tuple[str, ...]:
@@ -139,12 +152,17 @@ class Plugin(ABC):
 
 
 class Technique(Plugin):
-    """Changes a model.  Subclasses are frozen dataclasses; every field is a knob with a default."""
+    """Changes a model.  Subclasses are frozen dataclasses; every field is a knob with a default.
+
+    One of the stage SHAPE has a knob `share`: the share, between 0 and 1, of what it cuts that it takes away.  The
+    search turns it until the speed is the one that is wanted.
+    """
 
     takes: ClassVar[Form]
     gives: ClassVar[Form]
     stage: ClassVar[Stage]
     exact: ClassVar[bool] = False  # the same function within float tolerance: verified, and refused where it is not
+    wants: ClassVar[str] = ""  # what a backend must offer for this to pay, such as "sparse products"; "" for nothing
 
     @classmethod
     @abstractmethod
@@ -170,6 +188,8 @@ class Backend(Plugin):
 
     takes: ClassVar[frozenset[Form]]
     portable: ClassVar[bool] = True  # artifacts run without the user's own code; if not, recipes have no steps
+    offers: ClassVar[frozenset[str]] = frozenset()  # what techniques may want of it
+    steady: ClassVar[bool] = True  # inputs of one shape take the same time, whatever they hold
 
     @classmethod
     @abstractmethod
@@ -178,6 +198,19 @@ class Backend(Plugin):
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
         return None
+
+    @property
+    def members(self) -> tuple[Recipe, ...]:
+        """Recipes that this backend runs together; their files lie in `0/`, `1/`, ... when `compile` is called."""
+        return ()
+
+    def with_members(self, members: Sequence[Recipe]) -> Backend:
+        """The same with other members.
+
+        Raises:
+            BrokenPluginError: this backend has none.
+        """
+        raise BrokenPluginError(f"{self.name} runs no other recipes")
 
     @abstractmethod
     def compile(self, model: Model, folder: Path) -> Artifact:
@@ -229,7 +262,7 @@ class Recipe:
             if missing := part.missing():
                 return RefusalError(Reason.MISSING_PACKAGE, f"{part.name} needs {', '.join(missing)}")
             if isinstance(part, Technique):
-                if part.takes is not form or part.stage < stage:
+                if part.takes is not form or (part.stage < stage and stage > Stage.HEAL):
                     return RefusalError(
                         Reason.WRONG_FORM, f"{part.name} takes {part.takes.value}, but is given {form.value}"
                     )

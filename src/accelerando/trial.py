@@ -9,7 +9,7 @@ from __future__ import annotations
 import base64
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -33,7 +33,8 @@ class Evidence:
     Args:
         split: which samples the scores are of, `select` or `certify`.
         batch: rows per timed call.
-        rounds: (r, 2) seconds per call, the median of a block: [this recipe, the original], round by round.
+        rounds: (r, 2) seconds per call, the median of a block: [this recipe, the original], round by round; of a
+            recipe whose time depends on what its inputs hold, the mean over a block's inputs.
         stolen: (r,) share of the processor's time that others took during each round; none is dropped.
         seconds: every timed call of this recipe in order (thinned evenly where there were very many).
         original_seconds: the original's calls in the same duel, likewise.
@@ -115,6 +116,16 @@ class Evidence:
     def clearly_faster_than(self, other: Evidence) -> bool:
         """Whether the two speedups' intervals do not even touch."""
         return self.speedup.low > other.speedup.high
+
+    def with_rounds(self, rounds: Floats, stolen: Floats, seconds: Floats, original_seconds: Floats) -> Evidence:
+        """The same with the rounds of one more duel of these files."""
+        return replace(
+            self,
+            rounds=np.concatenate([self.rounds, rounds]),
+            stolen=np.concatenate([self.stolen, stolen]),
+            seconds=thin(np.concatenate([self.seconds, seconds])),
+            original_seconds=thin(np.concatenate([self.original_seconds, original_seconds])),
+        )
 
     def same_contest(self, other: Evidence) -> bool:
         """Whether both were timed in the very same rounds, against the same calls of the original."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -31,13 +32,15 @@ class Model:
     """A model in one of its forms.
 
     Every form but TORCH is flat: its inputs and outputs are the signature's ports, in order and (ONNX, OPENVINO) by
-    name.  `log` is what each technique said of its own work, such as which layers it left alone.
+    name.  `log` is what each technique said of its own work, such as which layers it left alone; `lessons` is what it
+    can be taught again with, if anything.
     """
 
     form: Form
     content: Any
     signature: Signature
     log: tuple[str, ...] = ()
+    lessons: Lessons | None = None
 
     def changed(self, form: Form, content: Any, *log: str) -> Model:
         """The model after a technique, with what the technique has to say."""
@@ -110,12 +113,37 @@ class Samples:
 
 
 @dataclass(frozen=True)
+class Lessons:
+    """What a model that was cut can be taught again with; techniques of the stage HEAL draw on it.
+
+    Args:
+        teacher: the original's module, in eval mode, on the CPU; called as the original is.
+        train: rows to learn from; their targets may be missing.
+        watch: rows by which early stopping judges: the select split, which the search selects on anyway.
+        metric: how answers are judged.
+        loss: the owner's own, (the model's answer, targets) -> a scalar tensor; None to guess.
+        augment: the owner's own, a tuple of flat input tensors (n, ...) -> another; None for the trainer's own.
+        folder: where checkpoints lie; it outlives the process, and what was learned there is not learned again.
+        say: told how learning goes on.
+    """
+
+    teacher: Any
+    train: Samples
+    watch: Samples
+    metric: Metric
+    loss: Callable[[Any, Any], Any] | None
+    augment: Callable[[Any], Any] | None
+    folder: Path
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
 class Workload:
     """A model and the data it is judged on.
 
     `calibrate` (and `train`, where the user gave it) may be seen by techniques; `select` by the search;
-    `certify` is used once.  `notes` say what was found odd and what was done about it.  `digest` is what any
-    evidence is about.
+    `certify` is used once.  `loss` and `augment` are the owner's own for retraining, if any.  `notes` say what was
+    found odd and what was done about it.  `digest` is what any evidence is about.
     """
 
     model: Model
@@ -126,17 +154,38 @@ class Workload:
     train: Samples | None
     notes: tuple[str, ...]
     digest: str
+    loss: Callable[[Any, Any], Any] | None = None
+    augment: Callable[[Any], Any] | None = None
 
     @property
     def fixed_batch(self) -> int | None:
         """The one batch size that the model takes, or None where any will do."""
         return self.model.signature.fixed_batch
 
+    @property
+    def teachable(self) -> Model:
+        """The model with what it can be taught with again, where it is a torch module and there is training data."""
+        if self.train is None or self.model.form is not Form.TORCH:
+            return self.model
+        return with_lessons(self.model, self.train, self.select, (self.metric, self.loss, self.augment), Path())
+
     def __str__(self) -> str:
         return (
             f"{self.model.form.value} model, {len(self.select)} samples to select on and "
             f"{len(self.certify)} to certify, judged by {self.metric.name}"
         )
+
+
+def with_lessons(
+    model: Model,
+    train: Samples,
+    watch: Samples,
+    owner: tuple[Metric, Callable[[Any, Any], Any] | None, Callable[[Any], Any] | None],
+    folder: Path,
+    say: Callable[[str], None] = lambda text: None,
+) -> Model:
+    """A torch model with its lessons; `owner` is the metric, the loss and the augmentation."""
+    return replace(model, lessons=Lessons(model.content, train, watch, *owner, folder, say))
 
 
 def filled(inputs: Sequence[Array], size: int | None) -> tuple[Array, ...]:

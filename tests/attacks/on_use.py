@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from accelerando.backends.cascade import Cascade
 from accelerando.bundle import Bundle
 from accelerando.plugins import find
-from accelerando.recipe import File, key_of
+from accelerando.recipe import File, Recipe, key_of
+from accelerando.workload import Form, Model
 
 from .making import (
     attack,
@@ -50,6 +53,30 @@ def a_model_that_its_backend_can_not_read(path: Path) -> None:
         data["best"] = key
 
     edit(path, change)
+
+
+def a_cascade(path: Path, rewrite: Callable[[bytes], bytes]) -> None:
+    """A cascade as the best rung, whose only file is its `cascade.json`, with hashes and a seal that fit."""
+    plain = [Recipe((), find("backends", "onnxruntime")(threads=n)) for n in (1, 2)]
+    recipe = Recipe((), Cascade.of(*plain, "margin", 0.9))
+    folder = path / "rungs" / recipe.key
+    folder.mkdir()
+    recipe.backend.compile(Model(Form.ONNX, None, Bundle.open(path, hashes=False).signature), folder)
+    record = folder / "cascade.json"
+    record.write_bytes(rewrite(record.read_bytes()))
+    files = [vars(File.of(record, folder))]
+    rung = {"recipe": recipe.to_json(), "key": recipe.key, "text": [str(recipe)], "files": files}
+    edit(path, lambda data: (data["rungs"][1].update(rung), data.update(best=recipe.key)))
+
+
+@attack("load", loads)
+def a_cascade_that_was_made_less_careful(path: Path) -> None:
+    a_cascade(path, lambda text: text.replace(b"0.9", b"0.1"))
+
+
+@attack("load", loads)
+def a_cascade_without_its_members(path: Path) -> None:
+    a_cascade(path, lambda text: text)
 
 
 @attack("other-model", lambda path: Bundle.open(path).check_workload("f" * 16))

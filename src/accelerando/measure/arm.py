@@ -7,7 +7,9 @@ measured is that arm's own.  The two take turns (`docs/decisions/0002-two-proces
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,6 +28,12 @@ from accelerando.workload import Chunk, Samples
 TIMED_BATCHES = 32  # distinct inputs that a block goes round
 PROBE_ROWS = 8
 LOAD_SECONDS = 120.0
+# A block of a model whose time depends on what its inputs hold: so many rows at least, for a path that one in ten
+# takes must come in every block; but no more seconds or bytes than these.
+MIX_ROWS = 48
+MIX_SECONDS = 5.0
+MIX_BYTES = 64 * 2**20
+LEAST_BATCHES = 8
 
 
 @dataclass(frozen=True)
@@ -88,8 +96,17 @@ class Arm:
         return self._child.alive
 
     def block(self, seconds: float, timeout: float) -> Floats:
-        """Seconds of each call in one block."""
+        """Seconds of each call in one block.
+
+        What is `steady` goes round the same few batches.  What is not gets others in every block, until every row of
+        the split has come; so which rows were drawn shows in how the rounds differ, and is in their interval.
+        """
         return self._child.call(_block, seconds, timeout=timeout)
+
+    def typical(self, block: Floats) -> float:
+        """Seconds per call of a block."""
+        steady = self.subject.recipe.backend.steady
+        return float(np.median(block)) if steady else clock.mix_seconds(block)
 
     def peak_bytes(self) -> int:
         """The most memory that the process has held beyond what an empty one holds, since it was loaded."""
@@ -98,6 +115,10 @@ class Arm:
     def scores(self, split: Path, metric: Metric, timeout: float) -> Floats:
         """Per-sample statistics of every sample of a split."""
         return self._child.call(_scores, str(split), metric, timeout=timeout)
+
+    def each_row(self, split: Path, function: Callable[[list[Array]], Floats], timeout: float) -> Floats:
+        """What a function makes of the flat outputs, (rows, ...) each, for every sample of a split, in its order."""
+        return self._child.call(_each_row, str(split), function, timeout=timeout)
 
     def answers(self, inputs: tuple[Array, ...], timeout: float) -> list[Array]:
         """The flat outputs for some rows."""
@@ -155,6 +176,23 @@ def timed_batches(samples: Samples, size: int, count: int = TIMED_BATCHES, seed:
     return batches
 
 
+def mixed_batches(samples: Samples, size: int, seed: int = 0) -> Iterator[tuple[Array, ...]]:
+    """Batches of exactly `size` rows without end: in random order, and no row again before all have come.
+
+    What is left over of a shape, fewer than `size` rows, waits for another turn; a shape that has no more is filled up
+    with its own rows.
+    """
+    rng = np.random.default_rng(seed)
+    while True:
+        turn = []
+        for chunk in samples.chunks:
+            rows = np.resize(rng.permutation(len(chunk)), max(1, len(chunk) // size) * size)
+            turn += [(chunk, part) for part in rows.reshape(-1, size)]
+        for which in rng.permutation(len(turn)):
+            chunk, rows = turn[which]
+            yield tuple(np.ascontiguousarray(x[np.sort(rows)]) for x in chunk.inputs)
+
+
 # --- in the child -----------------------------------------------------------------------------------------------
 
 
@@ -163,6 +201,8 @@ class _Loaded:
     run: Runner
     signature: Signature
     batches: list[tuple[Array, ...]]
+    mix: Iterator[tuple[Array, ...]] | None  # None for what is steady
+    pace: float = 0.0  # seconds per call of the mix, once it is known
 
 
 _loaded: list[_Loaded] = []  # the one model that this process holds
@@ -177,19 +217,37 @@ def _load(
     rows: str,
     batch: int,
 ) -> float:
-    batches = timed_batches(open_samples(Path(rows)), batch)
+    samples = open_samples(Path(rows))
+    batches = timed_batches(samples, batch)
     start = time.perf_counter()
     plugin = plugin_from_json(find("backends", backend["name"]), backend)
     run = plugin.load(artifact, Path(folder), signature, skeleton)
     outputs = run(batches[0])
     taken = time.perf_counter() - start
     quality.check(outputs, signature, batch)
-    _loaded.append(_Loaded(run, signature, batches))
+    _loaded.append(_Loaded(run, signature, batches, None if plugin.steady else mixed_batches(samples, batch)))
     return taken
 
 
 def _block(seconds: float) -> Floats:
-    return clock.time_block(_loaded[0].run, _loaded[0].batches, seconds)
+    loaded = _loaded[0]
+    if loaded.mix is None:
+        return clock.time_block(loaded.run, loaded.batches, seconds)
+    if not loaded.pace:
+        loaded.pace = float(clock.time_mix(loaded.run, loaded.batches[:LEAST_BATCHES]).mean())
+    batches = list(islice(loaded.mix, _mix_count(loaded, seconds)))
+    block = clock.time_mix(loaded.run, batches)
+    loaded.pace = float(block.mean())
+    return block
+
+
+def _mix_count(loaded: _Loaded, seconds: float) -> int:
+    """How many batches a block of the mix has."""
+    first = loaded.batches[0]
+    least = max(LEAST_BATCHES, -(-MIX_ROWS // len(first[0])))
+    wanted = max(least, int(seconds / (clock.MIX_REPEATS * loaded.pace)))
+    most = min(MIX_SECONDS / (clock.MIX_REPEATS * loaded.pace), MIX_BYTES / sum(x.nbytes for x in first))
+    return max(LEAST_BATCHES, int(min(wanted, most, clock.MOST_CALLS / clock.MIX_REPEATS)))
 
 
 def _peak() -> int:
@@ -198,6 +256,11 @@ def _peak() -> int:
 
 def _scores(split: str, metric: Metric) -> Floats:
     return quality.score(_loaded[0].run, _loaded[0].signature, open_samples(Path(split)), metric)
+
+
+def _each_row(split: str, function: Callable[[list[Array]], Floats]) -> Floats:
+    found = quality.answers(_loaded[0].run, _loaded[0].signature, open_samples(Path(split)))
+    return np.concatenate([function(outputs) for outputs, _ in found])
 
 
 def _answers(inputs: tuple[Array, ...]) -> list[Array]:

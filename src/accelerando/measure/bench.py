@@ -138,6 +138,21 @@ def examine(
     return evidence
 
 
+def rematch(subject: Subject, bench: Bench, split: str, effort: Effort, seed: int = 0) -> Rounds:
+    """One more duel, in which candidate and original both have a process that is new.
+
+    Two processes of the same files differ by a few percent, for memory and threads fall otherwise in each; within
+    one pair of processes no number of rounds shows that.
+
+    Raises:
+        RefusalError: the candidate failed.
+    """
+    bench.close()
+    original = bench.original_arm
+    with bench.arm(subject, split) as arm:
+        return duel(arm, original, effort, cores=bench.machine.cores, seed=seed)
+
+
 def _scores(arm: Arm, bench: Bench, split: str) -> Floats:
     """A candidate's scores; the metric has judged the original by now, so where it fails, the answers are at fault."""
     try:

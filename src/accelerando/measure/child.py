@@ -69,11 +69,18 @@ class Child:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def call(self, function: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+    def call(
+        self,
+        function: Callable[..., Any],
+        *args: Any,
+        timeout: float | None = None,
+        heard: Callable[[str], None] = lambda text: None,
+    ) -> Any:
         """What the function gives in the child.
 
         Args:
             timeout: seconds after which the child is killed.
+            heard: told whatever the function says on its way, by `say`.
 
         Raises:
             RefusalError: the function refused, raised, or the child died, hung or outgrew its memory.
@@ -86,14 +93,16 @@ class Child:
         self._busy = True
         try:
             self._write(cloudpickle.dumps((function, args)))
-            reply = self._read(None if timeout is None else time.monotonic() + timeout, timeout)
+            deadline = None if timeout is None else time.monotonic() + timeout
+            while (reply := _opened(self._read(deadline, timeout)))[0] == "said":
+                heard(reply[1])
         except BrokenPipeError:
             raise self._obituary() from None
         except BaseException:
             self.close()  # the pipe holds half a conversation: this child is of no more use
             raise
         self._busy = False
-        kind, value = pickle.loads(reply)  # noqa: S301  our own child's words, over a private pipe
+        kind, value = reply
         if kind == "answer":
             return value
         if isinstance(value, AccelerandoError):
@@ -134,12 +143,13 @@ class Child:
         data, size = bytearray(), None
         while size is None or len(data) < size:
             ready, _, _ = select.select([self._from], [], [], POLL_SECONDS)
-            if ready:
-                block = os.read(self._from, 1 << 20)
+            if ready:  # no byte beyond this message, for another may follow
+                wanted = LENGTH.size if size is None else size
+                block = os.read(self._from, min(wanted - len(data), 1 << 20))
                 if not block:
                     raise BrokenPipeError
                 data += block
-                if size is None and len(data) >= LENGTH.size:
+                if size is None and len(data) == LENGTH.size:
                     size = LENGTH.unpack_from(data)[0] + LENGTH.size
             elif deadline is not None and time.monotonic() > deadline:
                 self._kill()
@@ -178,12 +188,23 @@ class Child:
         return RefusalError(reason, f"{self.name} {how}{last}")
 
 
+def _opened(message: bytes) -> tuple[str, Any]:
+    return pickle.loads(message)  # type: ignore[no-any-return]  # noqa: S301  our own child's words, over a private pipe
+
+
 _empty: list[int] = []
+_replies: list[IO[bytes]] = []
 
 
 def empty_bytes() -> int:
     """What this child held when it began, before it was given anything."""
     return _empty[0]
+
+
+def say(text: str) -> None:
+    """In a child: tell the parent how the call goes on; elsewhere, nobody is told."""
+    for replies in _replies:
+        _send(replies, pickle.dumps(("said", text)))
 
 
 def serve() -> None:
@@ -195,11 +216,14 @@ def serve() -> None:
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")  # if memory runs out, this is the process to lose
     with os.fdopen(receive, "rb") as requests, os.fdopen(send, "wb") as replies:
+        _replies.append(replies)
         while header := requests.read(LENGTH.size):
-            message = requests.read(LENGTH.unpack(header)[0])
-            reply = _answer(message)
-            replies.write(LENGTH.pack(len(reply)) + reply)
-            replies.flush()
+            _send(replies, _answer(requests.read(LENGTH.unpack(header)[0])))
+
+
+def _send(replies: IO[bytes], message: bytes) -> None:
+    replies.write(LENGTH.pack(len(message)) + message)
+    replies.flush()
 
 
 def _answer(message: bytes) -> bytes:

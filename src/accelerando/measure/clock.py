@@ -16,6 +16,7 @@ from accelerando.signature import Array
 
 MOST_CALLS = 20_000
 WARM_NANOSECONDS = 5_000_000  # the other arm's idle threads have stopped spinning by then
+MIX_REPEATS = 3  # an odd number: a call that others' load stretched is outvoted by the two others of its batch
 
 
 def time_block(run: Runner, batches: Sequence[Sequence[Array]], seconds: float, least: int = 2) -> Floats:
@@ -24,10 +25,7 @@ def time_block(run: Runner, batches: Sequence[Sequence[Array]], seconds: float, 
     The batches are taken in order, over and over: both arms of a duel see the same ones.
     """
     now = time.perf_counter_ns
-    warm = now() + WARM_NANOSECONDS
-    run(batches[-1])
-    while now() < warm:
-        run(batches[-1])
+    _warm_up(run, batches[-1])
     taken: list[int] = []
     end, i, count = now() + int(seconds * 1e9), 0, len(batches)
     while len(taken) < MOST_CALLS:
@@ -40,6 +38,38 @@ def time_block(run: Runner, batches: Sequence[Sequence[Array]], seconds: float, 
         if stop >= end and i >= least:
             break
     return np.array(taken, dtype=np.float64) / 1e9
+
+
+def time_mix(run: Runner, batches: Sequence[Sequence[Array]]) -> Floats:
+    """Seconds of each call to a model whose time depends on what its inputs hold: `mix_seconds` is the block's figure.
+
+    All batches in order, then all of them again: a call finds the caches as the call before it, on another batch, has
+    left them, as it would at its owner's.
+    """
+    now = time.perf_counter_ns
+    _warm_up(run, batches[-1])
+    taken: list[int] = []
+    for _ in range(MIX_REPEATS):
+        for batch in batches:
+            start = now()
+            run(batch)
+            taken.append(now() - start)
+    return np.array(taken, dtype=np.float64) / 1e9
+
+
+def mix_seconds(block: Floats) -> float:
+    """Seconds per call over the mix of inputs of a block by `time_mix`: the mean over batches of each one's median.
+
+    A median over calls would not see a path that fewer than half of them take.
+    """
+    return float(np.median(block.reshape(MIX_REPEATS, -1), axis=0).mean())
+
+
+def _warm_up(run: Runner, batch: Sequence[Array]) -> None:
+    end = time.perf_counter_ns() + WARM_NANOSECONDS
+    run(batch)
+    while time.perf_counter_ns() < end:
+        run(batch)
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,10 @@ class Fighter(Protocol):
 
     def block(self, seconds: float, timeout: float) -> Floats: ...
 
+    def typical(self, block: Floats) -> float:
+        """Seconds per call of a block: its median, or what stands for all inputs where their times differ."""
+        ...
+
 
 @dataclass(frozen=True)
 class Effort:
@@ -129,13 +133,13 @@ def contest(
     stolen: list[float] = []
     over = False
     while not over:
-        before, medians = Activity.now(pids), [0.0] * len(arms)
+        before, figures = Activity.now(pids), [0.0] * len(arms)
         for i in rng.permutation(len(arms)):
             block = arms[i].block(effort.block_seconds, effort.timeout)
             seconds[i].append(block)
-            medians[i] = float(np.median(block))
+            figures[i] = arms[i].typical(block)
         stolen.append(before.stolen_until(Activity.now(pids), cores))
-        rows.append(medians)
+        rows.append(figures)
         late = time.monotonic() - start > effort.seconds and len(rows) >= FEW_ROUNDS
         table, calls = np.array(rows), min(sum(map(len, s)) for s in seconds[:-1])
         over = late or all(_over(table[:, [i, -1]], calls, effort, answered) for i in range(len(candidates)))

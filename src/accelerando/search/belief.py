@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from accelerando.interval import Floats
-from accelerando.recipe import Plugin, Recipe, Stage
+from accelerando.recipe import Plugin, Recipe, Stage, Technique
 
 
 @dataclass(frozen=True)
@@ -31,29 +31,55 @@ class Prior:
 WIDTHS = frozenset({"threads", "batch", "streams"})
 SPEED = {
     "compiled": Prior(0.6, 0.8), "backend": Prior(0.0, 0.4), "own": Prior(0.0, 0.2), "exact": Prior(0.0, 0.1),
-    "step": Prior(0.15, 0.4), "pair": Prior(0.0, 0.35), "width": Prior(0.0, 0.3), "knob": Prior(0.0, 0.1),
-    "knob pair": Prior(0.0, 0.12),
+    "shape": Prior(0.6, 0.3), "lesson": Prior(0.0, 0.02), "step": Prior(0.15, 0.4), "pair": Prior(0.0, 0.35),
+    "width": Prior(0.0, 0.3), "knob": Prior(0.0, 0.1), "knob pair": Prior(0.0, 0.12),
 }  # fmt: skip
 # In relative drop.  Exact steps lose nothing; what a knob adds or takes is small.
 EXACT = Prior(0.0, 0.0005)
 DROP = {
-    "compiled": EXACT, "backend": EXACT, "own": EXACT, "exact": EXACT, "step": Prior(0.004, 0.02),
-    "pair": Prior(0.0, 0.005), "width": EXACT, "knob": Prior(0.0, 0.004), "knob pair": Prior(0.0, 0.001),
+    "compiled": EXACT, "backend": EXACT, "own": EXACT, "exact": EXACT, "shape": Prior(0.0, 0.1),
+    "lesson": Prior(0.0, 0.02), "step": Prior(0.004, 0.02), "pair": Prior(0.0, 0.005), "width": EXACT,
+    "knob": Prior(0.0, 0.004), "knob pair": Prior(0.0, 0.001),
 }  # fmt: skip
 
 
-def parts(recipe: Recipe) -> tuple[tuple[str, str], ...]:
-    """A recipe as (kind of part, name of part) pairs."""
+Part = tuple[str, str, float]  # kind, name, and how often it counts
+
+
+def parts(recipe: Recipe) -> tuple[Part, ...]:
+    """A recipe's parts.  A cut counts by how much it leaves: halving twice is believed to gain twice as much, in
+    logarithms, as halving once."""
     backend = recipe.backend
-    found = [("compiled", "compiled"), ("backend", backend.name)] if backend.portable else [("own", backend.name)]
-    found += [("width" if k in WIDTHS else "knob", f"{backend.name}.{k}={v}") for k, v in changed(backend)]
+    found: list[Part] = []
+
+    def add(kind: str, name: str, times: float = 1.0) -> None:
+        found.append((kind, name, times))
+
+    for kind in ("compiled", "backend") if backend.portable else ("own",):
+        add(kind, backend.name if kind != "compiled" else kind)
+    for k, v in changed(backend):
+        add("width" if k in WIDTHS else "knob", f"{backend.name}.{k}={v}")
     for step in recipe.steps:
-        found.append(("exact" if step.exact else "step", step.name))
-        found += [("knob", f"{step.name}.{k}={v}") for k, v in changed(step)]
+        if (share := share_of(step)) is not None:
+            add("shape", step.name, -math.log1p(-share))
+            continue
+        if step.stage is Stage.HEAL:
+            add("lesson", step.name)
+            continue
+        add("exact" if step.exact else "step", step.name)
+        for k, v in changed(step):
+            add("knob", f"{step.name}.{k}={v}")
         if step.stage >= Stage.QUANTIZE:
-            found.append(("pair", f"{step.name}+{backend.name}"))
-            found += [("knob pair", f"{step.name}+{backend.name}.{k}={v}") for k, v in changed(backend)]
+            add("pair", f"{step.name}+{backend.name}")
+            for k, v in changed(backend):
+                add("knob pair", f"{step.name}+{backend.name}.{k}={v}")
     return tuple(found)
+
+
+def share_of(step: Technique) -> float | None:
+    """The share that a technique of the stage SHAPE takes away; None for all others, and for one that adds."""
+    share = getattr(step, "share", None) if step.stage is Stage.SHAPE else None
+    return None if share is None else float(share)
 
 
 def changed(plugin: Plugin) -> list[tuple[str, object]]:
@@ -81,7 +107,7 @@ class Belief:
     def learn(cls, seen: Iterable[tuple[Recipe, float, float]], priors: dict[str, Prior]) -> Belief:
         """From (recipe, figure, standard error of the figure)."""
         rows = [(parts(recipe), figure, max(error, 1e-6)) for recipe, figure, error in seen]
-        kinds = {name: kind for found, _, _ in rows for kind, name in found}
+        kinds = {name: kind for found, _, _ in rows for kind, name, _ in found}
         names = {name: i for i, name in enumerate(sorted(kinds))}
         mean = np.array([priors[kinds[n]].mean for n in names])
         deviation = np.array([priors[kinds[n]].deviation for n in names])
@@ -89,8 +115,8 @@ class Belief:
             return cls({}, np.zeros(0), np.zeros((0, 0)), priors)
         design = np.zeros((len(rows), len(names)))
         for i, (found, _, _) in enumerate(rows):
-            for _, name in found:
-                design[i, names[name]] = 1
+            for _, name, times in found:
+                design[i, names[name]] += times
         weight = 1 / np.array([error for _, _, error in rows]) ** 2
         precision = np.diag(1 / deviation**2) + design.T @ (weight[:, None] * design)
         covariance: Floats = np.linalg.inv(precision).astype(np.float64)
@@ -100,17 +126,20 @@ class Belief:
 
     def about(self, recipe: Recipe) -> tuple[float, float]:
         """Mean and standard deviation of the figure of a recipe."""
-        mean, variance, known = 0.0, 0.0, []
-        for kind, name in parts(recipe):
+        mean, variance, row = 0.0, 0.0, np.zeros(len(self.names))
+        for kind, name, times in parts(recipe):
             if name in self.names:
-                known.append(self.names[name])
+                row[self.names[name]] += times
             else:
-                mean += self.priors[kind].mean
-                variance += self.priors[kind].deviation ** 2
-        if known:
-            mean += float(self.mean[known].sum())
-            variance += float(self.covariance[np.ix_(known, known)].sum())
+                mean += times * self.priors[kind].mean
+                variance += (times * self.priors[kind].deviation) ** 2
+        mean += float(row @ self.mean)
+        variance += float(row @ self.covariance @ row)
         return mean, math.sqrt(max(variance, 1e-12))
+
+    def effect(self, kind: str, name: str) -> float:
+        """The mean effect of one part, counted once."""
+        return float(self.mean[self.names[name]]) if name in self.names else self.priors[kind].mean
 
 
 def expected_gain(mean: float, deviation: float, best: float) -> float:

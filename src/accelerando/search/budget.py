@@ -11,9 +11,10 @@ from accelerando.errors import UsageError
 
 UNITS = {"s": 1, "sec": 1, "second": 1, "m": 60, "min": 60, "minute": 60, "h": 3600, "hour": 3600}
 LEAST_SECONDS = 5.0
-PROFILE_SHARE = 0.08  # of the whole, kept for the original's profile
-CERTIFY_SHARE = 0.2  # for the figures that are printed
-RACE_SHARE = 0.12  # for telling the best apart
+# What is kept of the whole, and the most that it is worth in seconds, however long the whole.
+PROFILE = (0.08, 20.0)  # for the original's profile
+CERTIFY = (0.2, 150.0)  # for the figures that are printed
+RACE = (0.12, 60.0)  # for telling the best apart
 
 
 @dataclass(frozen=True)
@@ -58,14 +59,18 @@ class Budget:
     @property
     def to_explore(self) -> float:
         """Seconds left for trying new recipes: racing and certifying have their shares."""
-        return self.to_race - self.seconds * RACE_SHARE
+        return self.to_race - self._kept(RACE)
 
     @property
     def to_race(self) -> float:
         """Seconds left for telling the best apart: certifying has its share."""
-        return self.to_certify - self.seconds * CERTIFY_SHARE
+        return self.to_certify - self._kept(CERTIFY)
 
     @property
     def to_certify(self) -> float:
         """Seconds left for certifying: the profile has its share."""
-        return self.left - self.seconds * PROFILE_SHARE
+        return self.left - self._kept(PROFILE)
+
+    def _kept(self, purpose: tuple[float, float]) -> float:
+        share, most = purpose
+        return min(self.seconds * share, most)

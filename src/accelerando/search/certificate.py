@@ -9,16 +9,17 @@ from accelerando.errors import Reason, RefusalError
 from accelerando.goal import Goal, Outcome
 from accelerando.ladder import Ladder, Rung
 from accelerando.measure.arm import LOAD_SECONDS, Arm
-from accelerando.measure.bench import examine
+from accelerando.measure.bench import examine, rematch
 from accelerando.measure.rounds import CERTIFY, Effort
 from accelerando.recipe import Recipe
 from accelerando.search.budget import Budget
 from accelerando.search.grounds import Grounds, standing
 from accelerando.signature import Array
-from accelerando.trial import Refused, Trial
+from accelerando.trial import FEW_ROUNDS, Refused, Trial
 
 MOST_RUNGS = 6
 FALLBACKS = 3  # how many runners-up may take the place of a best that does not certify
+PROCESSES = 3  # pairs of new processes in which the best is timed
 LEAST_SECONDS = 4.0  # of duel, for those rungs that are certified whatever the budget says
 
 
@@ -69,7 +70,8 @@ def certify(
         doing(trial.recipe, "certifying")
         before = budget.used
         share = 0.5 if trial is ranked[0] else 1 / (len(queue) + 1) if trial.recipe != original else 0.0
-        rung = _certify(trial, grounds, probe, done, budget.to_certify * share)
+        pairs = PROCESSES if trial is ranked[0] and trial.recipe != original else 1
+        rung = _certify(trial, grounds, probe, done, budget.to_certify * share, pairs)
         took = budget.used - before
         if rung is not None and best is None and goal.judge(rung.evidence).outcome is Outcome.MET:
             best = rung
@@ -99,7 +101,7 @@ def _on(ladder: Ladder, best: Rung, goal: Goal) -> Rung:
 
 
 def _certify(
-    trial: Trial, grounds: Grounds, probe: tuple[Array, ...], done: Certificate, seconds: float
+    trial: Trial, grounds: Grounds, probe: tuple[Array, ...], done: Certificate, seconds: float, processes: int = 1
 ) -> Rung | None:
     assert trial.verified is not None
     subject = grounds.subject(trial.recipe, trial.verified.artifact)
@@ -108,8 +110,11 @@ def _certify(
     def ask(arm: Arm) -> None:
         answers.extend(arm.answers(probe, LOAD_SECONDS))
 
+    effort, bench = _effort(grounds.goal, seconds, processes), grounds.bench
     try:
-        evidence = examine(subject, grounds.bench, "certify", _effort(grounds.goal, seconds), visit=ask, seed=1)
+        evidence = examine(subject, bench, "certify", effort, visit=ask, seed=1)
+        for seed in range(2, processes + 1):
+            evidence = evidence.with_rounds(**vars(rematch(subject, bench, "certify", effort, seed)))
     except RefusalError as error:
         done.failed.append(replace(trial, outcome=Refused(error.reason, f"while certifying: {error.detail}")))
         return None
@@ -119,12 +124,13 @@ def _certify(
     return rung
 
 
-def _effort(goal: Goal, seconds: float) -> Effort:
-    """As many rounds as fit, between the least and the most that certifying asks for."""
-    seconds = max(seconds * 0.7, LEAST_SECONDS)
+def _effort(goal: Goal, seconds: float, processes: int) -> Effort:
+    """As many rounds in each pair of processes as fit, between the least and the most that certifying asks for."""
+    seconds = max(seconds * 0.7, LEAST_SECONDS) / processes
     rounds = int(seconds / (2 * CERTIFY.block_seconds))
-    most = min(CERTIFY.most, max(CERTIFY.least, rounds))
-    return replace(CERTIFY, most=most, calls=goal.samples_needed, seconds=seconds)
+    least = max(FEW_ROUNDS, CERTIFY.least // processes)
+    most = min(CERTIFY.most // processes, max(least, rounds))
+    return replace(CERTIFY, least=least, most=most, calls=-(-goal.samples_needed // processes), seconds=seconds)
 
 
 def _unique(trials: Sequence[Trial]) -> list[Trial]:

@@ -18,8 +18,8 @@ from accelerando.interval import Interval
 from accelerando.measure.arm import LOAD_SECONDS, Subject
 from accelerando.measure.bench import Bench, examine
 from accelerando.measure.rounds import RACE, SELECT, Rounds, contest
-from accelerando.recipe import Artifact, File, Recipe
-from accelerando.search.proposal import LOSSLESS_DROP, Proposal
+from accelerando.recipe import Artifact, File, Recipe, Stage
+from accelerando.search.history import LOSSLESS_DROP, Proposal
 from accelerando.search.workshop import Built, Workshop
 from accelerando.trial import Evidence, Refused, Trial, Verified, thin
 
@@ -80,7 +80,7 @@ def attempt(
             outcome: Verified | Refused = Verified(artifact, merged(before.verified.evidence, more))
         else:
             doing("building")
-            built = _build(recipe, grounds, min(BUILD_SECONDS, max(20.0, 0.5 * seconds_left)))
+            built = _build(recipe, grounds, _patience(recipe, seconds_left), doing)
             log = built.log
             doing("measuring")
             outcome = Verified(built.artifact, _examine(recipe, built.artifact, grounds, history))
@@ -142,15 +142,21 @@ def standing(history: Sequence[Trial]) -> dict[str, Trial]:
 
 def merged(before: Evidence, more: Evidence) -> Evidence:
     """One evidence from two examinations of the same files: all rounds and calls of both."""
-    both = ("rounds", "stolen", "seconds", "original_seconds")
-    together = {f: np.concatenate([getattr(before, f), getattr(more, f)]) for f in both}
-    return replace(more, **together, peak_bytes=max(before.peak_bytes, more.peak_bytes))  # type: ignore[arg-type]
+    both = before.with_rounds(more.rounds, more.stolen, more.seconds, more.original_seconds)
+    return replace(both, peak_bytes=max(before.peak_bytes, more.peak_bytes))
 
 
-def _build(recipe: Recipe, grounds: Grounds, timeout: float) -> Built:
+def _patience(recipe: Recipe, seconds_left: float) -> float:
+    """Seconds after which a build has hung; lessons, which say how long they are, come on top."""
+    members = recipe.backend.members or (recipe,)
+    lessons = sum(s.expected_seconds for m in members for s in m.steps if s.stage is Stage.HEAL)
+    return 1.5 * lessons + min(BUILD_SECONDS, max(20.0, 0.5 * seconds_left))
+
+
+def _build(recipe: Recipe, grounds: Grounds, timeout: float, heard: Callable[[str], None]) -> Built:
     folder = grounds.folder(recipe)
     shutil.rmtree(folder, ignore_errors=True)  # a killed run may have left half of it
-    built = grounds.workshop.build(recipe, folder, timeout)
+    built = grounds.workshop.build(recipe, folder, timeout, heard)
     check_files(built.artifact, folder)
     return built
 

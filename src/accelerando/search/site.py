@@ -29,14 +29,14 @@ from accelerando.machine import Machine, installed_version
 from accelerando.measure.arm import PROBE_ROWS, Subject, save_samples
 from accelerando.measure.bench import Bench
 from accelerando.parity import Parity
-from accelerando.recipe import Artifact, Recipe
+from accelerando.recipe import Artifact, Recipe, key_of
 from accelerando.search.budget import Budget
 from accelerando.search.certificate import certify, uncertified
 from accelerando.search.grounds import Grounds, check_files
 from accelerando.search.log import Journal
 from accelerando.search.workshop import Workshop
 from accelerando.trial import Refused, Trial
-from accelerando.workload import Form, Workload, filled
+from accelerando.workload import Form, Model, Workload, filled
 
 MEMORY_SHARE = 0.8
 # Reasons that more room, time, packages or a repaired disk take away between one call and the next.
@@ -75,8 +75,9 @@ class Site:
         self._lock = _lock(self.work / "lock")
         try:
             self.journal = Journal(self.into / "trials.jsonl")
-            for name in ("calibrate", "select", "certify"):
-                save_samples(getattr(workload, name), self.work / "data" / name)
+            for name in ("calibrate", "select", "certify", "train"):
+                if (rows := getattr(workload, name)) is not None:
+                    save_samples(rows, self.work / "data" / name)
             limit = memory_limit or int(machine.memory_bytes * MEMORY_SHARE)
             skeleton = workload.model.content if workload.model.form is Form.TORCH else None
             subject = Subject(original, Artifact(()), self.work / "rungs" / original.key, skeleton)
@@ -257,6 +258,7 @@ class Site:
             "certify": len(load.certify),
             "notes": list(load.notes),
             "origin": self.origin,
+            "structure": structure_of(load.model),
         }
 
     def _command(self) -> str:
@@ -272,8 +274,9 @@ class Site:
 
     def _check_room(self) -> None:
         parent = next(p for p in (self.into, *self.into.resolve().parents) if p.exists())
-        rows = (self.workload.calibrate, self.workload.select, self.workload.certify)
-        needed = sum(x.nbytes for s in rows for c in s.chunks for x in c.inputs) + ROOM_FACTOR * self._model_bytes()
+        rows = (self.workload.calibrate, self.workload.select, self.workload.certify, self.workload.train)
+        needed = sum(x.nbytes for s in rows if s is not None for c in s.chunks for x in c.inputs)
+        needed += ROOM_FACTOR * self._model_bytes()
         free = shutil.disk_usage(parent).free
         if free < needed:
             raise UsageError(
@@ -286,6 +289,15 @@ class Site:
         if self.workload.model.form is Form.TORCH:
             return sum(t.numel() * t.element_size() for t in content.state_dict().values())
         return Path(content).stat().st_size
+
+
+def structure_of(model: Model) -> str | None:
+    """A hash of how a torch module is built, whatever its weights: classes by name, tensors by shape and type."""
+    if model.form is not Form.TORCH:
+        return None
+    modules = {name: type(m).__name__ for name, m in model.content.named_modules()}
+    tensors = {k: [str(t.dtype), *t.shape] for k, t in model.content.state_dict().items() if hasattr(t, "dtype")}
+    return key_of({"modules": modules, "tensors": tensors})
 
 
 def _bundle_in(into: Path, workload: Workload) -> Bundle | None:

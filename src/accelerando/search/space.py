@@ -47,11 +47,17 @@ class Route:
 
 @dataclass(frozen=True)
 class Space:
-    """All routes for a model here, and those that planning had to turn away."""
+    """All routes for a model here, and those that planning had to turn away.
+
+    A route lowers, quantizes and runs.  `shapes` and `healers`, at their defaults, may stand before any route of a
+    torch module.
+    """
 
     original: Recipe
     routes: tuple[Route, ...]
     turned_away: tuple[tuple[Recipe, RefusalError], ...] = field(default=())
+    shapes: tuple[Technique, ...] = ()
+    healers: tuple[Technique, ...] = ()
 
     @classmethod
     def plan(
@@ -67,10 +73,11 @@ class Space:
         A backend's knob `batch`, where it has one, is set to the batch at which the goal asks for speed.  At most one
         technique of a route quantizes; a backend that needs the user's own code takes no steps.
         """
-        kinds: tuple[Any, ...] = (*techniques.values(), *backends.values())
+        lowering = [t for t in techniques.values() if t.stage >= Stage.LOWER]
+        kinds: tuple[Any, ...] = (*lowering, *backends.values())
         settings = {kind: _settings(kind, model, machine, batch) for kind in kinds}
         routes, away = [], []
-        for steps in _chains(model.form, Stage.SHAPE, (), list(techniques.values())):
+        for steps in _chains(model.form, Stage.LOWER, (), lowering):
             form = steps[-1].gives if steps else model.form
             for backend in backends.values():
                 if form not in backend.takes or (steps and not backend.portable):
@@ -80,7 +87,19 @@ class Space:
                     away.append((route.default, refusal))
                 else:
                     routes.append(route)
-        return cls(original_recipe(model, backends), tuple(routes), tuple(away))
+        found: dict[Stage, list[Technique]] = {Stage.SHAPE: [], Stage.HEAL: []}
+        shortest = min((r.default for r in routes if r.default.steps), key=lambda r: len(r.steps), default=None)
+        for kind in (t for t in techniques.values() if t.stage < Stage.LOWER and t.takes is model.form):
+            step = _settings(kind, model, machine, batch)[0]
+            if shortest is None:
+                break  # nothing runs a changed module here
+            recipe = Recipe((step, *shortest.steps), shortest.backend)  # type: ignore[arg-type]
+            if refusal := recipe.refuse(model, machine):
+                away.append((recipe, refusal))
+            else:
+                found[step.stage].append(step)  # type: ignore[attr-defined, arg-type]
+        shapes, healers = tuple(found[Stage.SHAPE]), tuple(found[Stage.HEAL])
+        return cls(original_recipe(model, backends), tuple(routes), tuple(away), shapes, healers)
 
     @cached_property
     def by_names(self) -> Mapping[tuple[str, ...], Route]:

@@ -7,17 +7,18 @@ crash costs the recipe in hand, and the next one gets a new workshop.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.measure.arm import open_samples
-from accelerando.measure.child import Child
+from accelerando.measure.child import Child, say
 from accelerando.plugins import recipe_from_json
 from accelerando.recipe import Artifact, Recipe, key_of
-from accelerando.workload import Model, Samples, Workload
+from accelerando.workload import Form, Model, Samples, Workload, with_lessons
 
 
 @dataclass(frozen=True)
@@ -42,19 +43,25 @@ class Workshop:
     def __init__(
         self, workload: Workload, machine: Machine, folder: Path, data: Path, memory_limit: int | None
     ) -> None:
-        self._model, self._machine = workload.model, machine
+        self._workload, self._machine = workload, machine
         self._folder, self._data, self._memory_limit = folder, data, memory_limit
         self._child: Child | None = None
 
-    def build(self, recipe: Recipe, into: Path, timeout: float) -> Built:
+    def build(
+        self, recipe: Recipe, into: Path, timeout: float, heard: Callable[[str], None] = lambda text: None
+    ) -> Built:
         """Build a recipe into a folder, which must not be there yet.
+
+        Args:
+            timeout: seconds after which the recipe is given up.
+            heard: told how a long step goes on.
 
         Raises:
             RefusalError: a step refused or crashed; its `step` says which one.
         """
         child = self._open()
         into.mkdir(parents=True)
-        return child.call(_build, recipe.to_json(), str(into), timeout=timeout)
+        return child.call(_build, recipe.to_json(), str(into), timeout=timeout, heard=heard)
 
     def _open(self) -> Child:
         if self._child is None or not self._child.alive:
@@ -62,7 +69,9 @@ class Workshop:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder.mkdir(parents=True)
             self._child = Child("the workshop", self._memory_limit)
-            self._child.call(_open, self._model, self._machine, str(self._folder), str(self._data / "calibrate"))
+            load = self._workload
+            owner = (load.metric, load.loss, load.augment) if load.train is not None else None
+            self._child.call(_open, load.model, self._machine, str(self._folder), str(self._data), owner)
         return self._child
 
     def profile(self, seconds: float) -> dict[str, Any]:
@@ -94,8 +103,12 @@ class _Bench:
 _bench: list[_Bench] = []  # the one workload of this process
 
 
-def _open(model: Model, machine: Machine, folder: str, calibrate: str) -> None:
-    _bench.append(_Bench(model, machine, Path(folder), open_samples(Path(calibrate))))
+def _open(model: Model, machine: Machine, folder: str, data: str, owner: tuple[Any, Any, Any] | None) -> None:
+    rows = Path(data)
+    if owner is not None and model.form is Form.TORCH:
+        train, watch = open_samples(rows / "train"), open_samples(rows / "select")
+        model = with_lessons(model, train, watch, owner, Path(folder).parent / "lessons", say)
+    _bench.append(_Bench(model, machine, Path(folder), open_samples(rows / "calibrate")))
 
 
 def _profile(seconds: float) -> dict[str, Any]:
@@ -105,18 +118,29 @@ def _profile(seconds: float) -> dict[str, Any]:
 
 
 def _build(recipe_json: dict[str, Any], into: str) -> Built:
-    recipe, bench = recipe_from_json(recipe_json), _bench[0]
-    model = bench.model
+    return _built(recipe_from_json(recipe_json), Path(into))
+
+
+def _built(recipe: Recipe, into: Path) -> Built:
+    bench, model = _bench[0], _bench[0].model
     for i, step in enumerate(recipe.steps):
         key = key_of([s.to_json() for s in recipe.steps[: i + 1]])
         if key not in bench.done:
             folder = bench.folder / key
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
-            bench.done[key] = _at(i, lambda s=step, m=model, f=folder: _apply(s, m, bench, f))
+            given = _with_checkpoints(model, key)
+            bench.done[key] = _at(i, lambda s=step, m=given, f=folder: _apply(s, m, bench, f))
         model = bench.done[key]
-    last = len(recipe.steps)
-    return _at(last, lambda: _compile(recipe, model, bench, Path(into)))
+    return _at(len(recipe.steps), lambda: _compile(recipe, model, bench, into))
+
+
+def _with_checkpoints(model: Model, key: str) -> Model:
+    """What is learned in a step is kept under the key of all steps up to it."""
+    if model.lessons is None:
+        return model
+    folder = _bench[0].folder.parent / "lessons" / key
+    return replace(model, lessons=replace(model.lessons, folder=folder))
 
 
 def _apply(step: Any, model: Model, bench: _Bench, folder: Path) -> Model:
@@ -128,7 +152,11 @@ def _apply(step: Any, model: Model, bench: _Bench, folder: Path) -> Model:
 def _compile(recipe: Recipe, model: Model, bench: _Bench, into: Path) -> Built:
     if refusal := recipe.backend.refuse(model, bench.machine):
         raise refusal
-    return Built(recipe.backend.compile(model, into), model.log)
+    log = model.log
+    for i, member in enumerate(recipe.backend.members):
+        (into / str(i)).mkdir()
+        log += _built(member, into / str(i)).log
+    return Built(recipe.backend.compile(model, into), log)
 
 
 def _at(step: int, work: Any) -> Any:

@@ -16,6 +16,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,19 @@ class Subject:
         skeleton = None if self.backend.portable else self.original.content
         return self.backend.load(self.artifact, folder or self.folder, self.signature, skeleton)
 
+    def compile(self, folder: Path) -> Artifact:
+        """Compile it into a folder to come, after the members that the backend runs together, if it has any."""
+        folder.mkdir()
+        for i, member in enumerate(self.backend.members):
+            (folder / str(i)).mkdir()
+            with tempfile.TemporaryDirectory() as steps:
+                model = self.original
+                for j, step in enumerate(member.steps):
+                    (Path(steps) / str(j)).mkdir()
+                    model = step.apply(model, self.samples, Path(steps) / str(j))
+                member.backend.compile(model, folder / str(i))
+        return self.backend.compile(self.given, folder)
+
     def batches(self) -> list[list[Array]]:
         """Inputs of one, a few and several rows, of every shape that was seen."""
         return [[np.array(x[:n]) for x in chunk.inputs] for chunk in self.samples.chunks for n in ROWS]
@@ -88,14 +102,12 @@ def prepare(kind: type[Backend], case: str, folder: Path, **knobs: Any) -> Subje
     given = _in_form(workload, backend, folder)
     if refusal := backend.refuse(given, Machine.look()):
         raise refusal
-    compiled = folder / "compiled"
-    compiled.mkdir()
-    artifact = backend.compile(given, compiled)
-    return Subject(backend, workload.model, given, compiled, artifact, workload.select)
+    subject = Subject(backend, workload.model, given, folder / "compiled", Artifact(()), workload.select)
+    return dataclasses.replace(subject, artifact=subject.compile(subject.folder))
 
 
 def _in_form(workload: Workload, backend: Backend, folder: Path) -> Model:
-    if Form.TORCH in backend.takes:
+    if Form.TORCH in backend.takes or backend.members:
         return workload.model
     for technique in discover("techniques").values():
         if technique.takes is Form.TORCH and technique.gives in backend.takes and technique.exact:
@@ -180,8 +192,7 @@ def check_model_is_unchanged(subject: Subject) -> None:
     """Compiling changes neither the model that was given nor its files."""
     before = _fingerprint(subject.given)
     again = subject.folder.parent / "again"
-    again.mkdir()
-    subject.backend.compile(subject.given, again)
+    subject.compile(again)
     shutil.rmtree(again)
     assert _fingerprint(subject.given) == before, "compile changed the model that it was given"
     leftover = {p.name for p in subject.folder.parent.iterdir()} - {"exported", "compiled"}
@@ -225,9 +236,15 @@ def check_json(subject: Subject) -> None:
 
 
 def check_choices(subject: Subject) -> None:
-    """The settings worth trying start with the defaults, hold none twice, and none that is refused here."""
+    """The settings worth trying start with the defaults, hold none twice, and none that is refused here.
+
+    One of members is made of what was measured, and has none to begin with.
+    """
     kind, machine = type(subject.backend), Machine.look()
     choices = list(kind.choices(subject.original, machine))
+    if subject.backend.members:
+        assert not choices, f"a backend of members has no choices of its own, but gives {choices}"
+        return
     assert choices, "there must be at least one choice, the defaults"
     assert choices[0] == kind(), f"the first choice must be the defaults, but is {choices[0]}"
     assert all(type(c) is kind for c in choices), f"choices must be of {kind.__name__}"
@@ -246,9 +263,9 @@ def check_refusal(subject: Subject) -> None:
 
 
 def check_declared(subject: Subject) -> None:
-    """The class is named like its file, and says what it takes and needs."""
+    """The class is named like its file, and says what it takes and needs; one of members takes nothing itself."""
     kind = type(subject.backend)
-    assert kind.takes, "takes must name at least one form"
+    assert bool(kind.takes) != bool(subject.backend.members), "takes must name at least one form, or there be members"
     assert all(isinstance(form, Form) for form in kind.takes), f"takes must hold forms, but is {kind.takes}"
     assert isinstance(kind.needs, tuple), f"needs must be a tuple of import names, but is {kind.needs!r}"
     stem = kind.__module__.rpartition(".")[2]

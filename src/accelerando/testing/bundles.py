@@ -14,7 +14,7 @@ from accelerando.goal import Goal
 from accelerando.ladder import Ladder, Rung
 from accelerando.machine import Machine
 from accelerando.parity import Parity
-from accelerando.recipe import Backend, Recipe
+from accelerando.recipe import Artifact, Backend, Recipe
 from accelerando.signature import Port, Signature
 from accelerando.testing.fakes import fake_evidence, fake_recipe
 from accelerando.trial import Trial, Verified
@@ -69,7 +69,7 @@ def write_bundle(
     for i, recipe in enumerate(recipes):
         folder = path / "rungs" / recipe.key
         folder.mkdir(parents=True)
-        artifact = recipe.backend.compile(Model(_form(recipe.backend), content, signature), folder)
+        artifact = _compile(recipe.backend, content, signature, folder)
         evidence = fake_evidence(1.0 + 2 * i, 0.0, n=500, seed=i, split="certify", disk_bytes=artifact.bytes)
         rungs.append(Rung(recipe, artifact, evidence, certified=True))
         runner = recipe.backend.load(artifact, folder, signature, skeleton)
@@ -94,6 +94,14 @@ def write_bundle(
         "parity": Parity(tuple(rows), answers[recipes[0].key], answers),
     }
     return Bundle.write(path, **{**given, **changed})
+
+
+def _compile(backend: Backend, content: Any, signature: Signature, folder: Path) -> Artifact:
+    for i, member in enumerate(backend.members):
+        (folder / str(i)).mkdir()
+        _compile(member.backend, content, signature, folder / str(i))
+    form = Form.ONNX if backend.members else _form(backend)
+    return backend.compile(Model(form, content, signature), folder)
 
 
 def _form(backend: Backend) -> Form:

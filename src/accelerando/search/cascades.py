@@ -1,0 +1,227 @@
+"""Cascades: which two recipes are worth joining, and how sure the fast one must be.
+
+Everything is known from the select split but one thing: of which rows the fast recipe is sure.  With that, each
+threshold's cascade is predicted row by row (the scores of the fast one where it is sure, of the better one elsewhere)
+and its time from the two recipes' own.  What is predicted to beat the best so far is proposed, and then built and
+measured as any other recipe; its certificate comes from samples on which no threshold was chosen.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+
+from accelerando.backends.cascade import CONFIDENCES, Cascade, judged_output, why_no_classes
+from accelerando.errors import Reason, RefusalError
+from accelerando.goal import Bound, Goal
+from accelerando.interval import Floats
+from accelerando.measure.arm import LOAD_SECONDS, Subject, open_samples
+from accelerando.recipe import Recipe
+from accelerando.search.grounds import Grounds
+from accelerando.search.history import LOSSLESS_DROP, History, Proposal, allowed_drop, leader, speed_of
+from accelerando.signature import Array
+from accelerando.trial import Evidence, Refused, Trial
+
+FASTER = 1.5  # times faster than the better one that the fast one must be
+GAIN = 1.05  # times faster than measured so far that a cascade must promise to be
+CAUTION = 1.5  # half widths of the interval by which the drop must clear its bound: a threshold is chosen for its luck
+SHARES = np.geomspace(0.005, 0.8, 24)  # of the rows that are asked again, to choose from
+ASKED_PER_LOST = 3.0  # rows that are asked again for each that the fast one loses, as a guess
+MOST_PAIRS = 4  # that are tuned in one search
+LEAST_SECONDS = 20.0  # left, for one to be tuned, built and measured
+
+Pair = tuple[str, str]  # keys of the fast and of the better recipe
+
+
+def next_cascade(history: Sequence[Trial], grounds: Grounds, seconds_left: float, tuned: set[Pair]) -> Proposal | None:
+    """The next cascade to try, or None when none is worth it.
+
+    Tuning loads the fast recipe, and builds it again where it was turned away for its quality.
+
+    Args:
+        tuned: the pairs that were tuned in this search, empty at first; those that are tuned now are added.
+    """
+    known, goal = History(tuple(history)), grounds.goal
+    best, better = leader(known.verified, goal), _better(known)
+    if best is None or better is None or not _fits(grounds):
+        return None
+    tuned |= {_members(t.recipe) for t in known.last.values() if isinstance(t.recipe.backend, Cascade)}
+    for fast in _fast(known, better, best, goal):
+        pair = (fast.recipe.key, better.recipe.key)
+        if pair in tuned:
+            continue
+        if len(tuned) >= MOST_PAIRS or seconds_left < LEAST_SECONDS:
+            return None
+        tuned.add(pair)
+        if found := tune(fast, better, grounds, best, seconds_left):
+            return found
+    return None
+
+
+def tune(fast: Trial, better: Trial, grounds: Grounds, best: Trial, seconds_left: float = 600.0) -> Proposal | None:
+    """The best cascade of two recipes by the select split, or None where none is safe and beats the best so far.
+
+    Args:
+        fast: verified, or turned away for its quality; with evidence.
+        better: verified.
+        best: what the cascade must beat, by the goal.
+    """
+    assert fast.evidence
+    assert better.evidence
+    assert best.evidence
+    try:
+        confidences = _confidences(fast, grounds, seconds_left)
+    except RefusalError:
+        return None
+    goal, fixed = grounds.goal, grounds.bench.signature.fixed_batch is not None
+    foreseen: list[tuple[tuple[float, ...], _Rule]] = []
+    for confidence, sure in zip(CONFIDENCES, confidences.T, strict=True):
+        for threshold in _thresholds(sure):
+            evidence = predicted(fast.evidence, better.evidence, sure < threshold, fixed)
+            if _safe(goal, evidence):
+                foreseen.append((goal.merit(evidence), _Rule(confidence, threshold, evidence)))
+                if goal.wants_speed:
+                    break  # a higher threshold is only slower
+    if not foreseen:
+        return None
+    merit, rule = max(foreseen, key=lambda pair: pair[0])
+    if merit <= goal.merit(best.evidence):
+        return None
+    cascade = Cascade.of(fast.recipe, better.recipe, rule.confidence, rule.threshold)
+    return Proposal(
+        Recipe((), cascade),
+        f"a fast recipe where it is sure, a better one elsewhere: about {GAIN * speed_of(rule.evidence):.1f}x expected",
+    )
+
+
+@dataclass(frozen=True)
+class _Rule:
+    confidence: str
+    threshold: float
+    evidence: Evidence  # foreseen
+
+
+def predicted(fast: Evidence, better: Evidence, unsure: NDArray[np.bool_], fixed: bool = False) -> Evidence:
+    """The evidence of a cascade as it is foreseen, a little slower than it should be (`GAIN`).
+
+    Args:
+        unsure: (n,) the rows that are asked again.
+        fixed: whether the model takes one size of batch only, so that a single unsure row costs a whole one.
+    """
+    rows = np.resize(np.random.default_rng(0).permutation(len(unsure)), (max(len(unsure), 512), fast.batch))
+    share = unsure[rows].mean(axis=1)
+    calls = 1 / speed_of(fast) + (np.ceil(share) if fixed else share) / speed_of(better)
+    original = better.rounds[:, 1]
+    return replace(
+        better,
+        scores=np.where(unsure[:, None], better.scores, fast.scores),
+        rounds=np.stack([GAIN * calls.mean() * original, original], axis=1),
+        seconds=GAIN * calls * np.median(original),
+        load_seconds=fast.load_seconds + better.load_seconds,
+        peak_bytes=fast.peak_bytes + better.peak_bytes,
+        disk_bytes=fast.disk_bytes + better.disk_bytes,
+    )
+
+
+def _fits(grounds: Grounds) -> bool:
+    """Whether the answers are classes, and all inputs of one shape.
+
+    Where shapes differ a mean over calls, by which a cascade is timed, can't be held against the original's median.
+    """
+    if why_no_classes(grounds.bench.signature):
+        return False
+    return len(open_samples(grounds.bench.data / "select").chunks) == 1
+
+
+def _better(known: History) -> Trial | None:
+    """The fastest that loses nothing."""
+    lossless = [
+        t for t in known.verified if _may_join(t) and t.evidence and t.evidence.relative_drop.mid <= LOSSLESS_DROP
+    ]
+    return max(lossless, key=lambda t: speed_of(t.evidence), default=None)
+
+
+def _fast(known: History, better: Trial, best: Trial, goal: Goal) -> Iterator[Trial]:
+    """Recipes that lose something and are much faster than the better one, the most promising first."""
+    assert better.evidence
+    assert best.evidence
+    slow, ranked = 1 / speed_of(better.evidence), []
+    for trial in known.last.values():
+        evidence = trial.evidence
+        if evidence is None or not _may_join(trial) or evidence.scores.shape != better.evidence.scores.shape:
+            continue
+        if speed_of(evidence) < FASTER * speed_of(better.evidence):
+            continue
+        excess = max(0.0, evidence.relative_drop.mid - allowed_drop(goal, evidence))
+        least = 1 / speed_of(evidence) + slow * excess  # each row that must not be lost is asked again
+        if goal.wants_speed and goal.judge(best.evidence).shortfall == 0 and GAIN * least * speed_of(best.evidence) > 1:
+            continue
+        ranked.append((least + slow * excess * (ASKED_PER_LOST - 1), trial.recipe.key, trial))
+    yield from (trial for _, _, trial in sorted(ranked, key=lambda r: r[:2]))
+
+
+def _may_join(trial: Trial) -> bool:
+    """Whether a recipe can be a member: portable, no cascade itself, and refused for its quality alone if at all."""
+    backend, outcome = trial.recipe.backend, trial.outcome
+    good = not isinstance(outcome, Refused) or outcome.reason is Reason.BELOW_QUALITY
+    return good and backend.portable and not isinstance(backend, Cascade)
+
+
+def _members(recipe: Recipe) -> Pair:
+    assert isinstance(recipe.backend, Cascade)
+    fast, better = recipe.backend.stored_members
+    return fast.key, better.key
+
+
+def _confidences(trial: Trial, grounds: Grounds, seconds_left: float) -> Floats:
+    """How sure a recipe is of each row of the select split, (n, 2): by each of `CONFIDENCES`.
+
+    Raises:
+        RefusalError: it can't be built or run.
+    """
+    bench, folder = grounds.bench, grounds.into / "tuning" / trial.recipe.key
+    try:
+        if trial.verified is not None:
+            subject = grounds.subject(trial.recipe, trial.verified.artifact)
+        else:  # its files went when it was turned away; its steps are known in the workshop, or half learned
+            shutil.rmtree(folder, ignore_errors=True)
+            built = grounds.workshop.build(trial.recipe, folder, max(30.0, seconds_left / 2))
+            subject = Subject(trial.recipe, built.artifact, folder)
+        with bench.arm(subject, "select", LOAD_SECONDS) as arm:
+            look = partial(_look, judged_output(bench.signature))
+            return arm.each_row(bench.data / "select", look, max(30.0, bench.scoring_limit))
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _look(output: int, answers: list[Array]) -> Floats:
+    """In the arm's process: the confidences of one batch."""
+    return np.stack([confidence(answers[output]) for confidence in CONFIDENCES.values()], axis=1)
+
+
+def _thresholds(sure: Floats) -> Iterator[float]:
+    """Thresholds under which about `SHARES` of the rows lie, from the lowest up, each between two rows."""
+    ordered = np.sort(sure)
+    for count in np.unique((SHARES * len(sure)).astype(int)):
+        if 0 < count < len(sure) and ordered[count - 1] < ordered[count]:
+            yield float((ordered[count - 1] + ordered[count]) / 2)
+
+
+def _safe(goal: Goal, evidence: Evidence) -> bool:
+    """Whether the quality bounds are met with something to spare, for other samples than these."""
+    return all(_clears(bound, evidence) for bound in goal.quality_bounds)
+
+
+def _clears(bound: Bound, evidence: Evidence) -> bool:
+    if bound.quantity == "quality":
+        seen = evidence.quality
+    else:
+        seen = evidence.relative_drop if bound.relative else evidence.drop
+    if bound.least:
+        return seen.mid - CAUTION * (seen.mid - seen.low) >= bound.value
+    return seen.mid + CAUTION * (seen.high - seen.mid) <= bound.value
