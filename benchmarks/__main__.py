@@ -17,6 +17,8 @@ BENCHMARKS = {
     "spoken": ("benchmarks.cases", "a convnet on spectrograms of spoken digits, trained here, batch 1"),
     "sst2": ("benchmarks.cases", "a transformer on film reviews, trained here, batch 1"),
     "ett": ("benchmarks.cases", "a forecaster of a transformer's temperature, trained here, batch 1"),
+    "fft": ("benchmarks.fft", "a long convolution by FFT against the direct form of every runtime"),
+    "sparse": ("benchmarks.sparse", "products that skip zeros against dense ones, at 90, 95 and 99 % zeros"),
     "judge": ("benchmarks.judge", "how often the judge errs: equals called faster, planted losses missed"),
     "imports": ("benchmarks.imports", "what importing costs, and what comes along"),
     "overhead": ("benchmarks.overhead", "fast(x) over the raw session's own call"),

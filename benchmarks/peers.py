@@ -10,18 +10,19 @@ from __future__ import annotations
 import contextlib
 import io
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from accelerando.errors import RefusalError
-from accelerando.interval import Interval, median_interval
+from accelerando.interval import Floats, Interval, median_interval, paired_bootstrap
 from accelerando.measure.arm import Arm, timed_batches
 from accelerando.measure.child import Child
 from accelerando.measure.clock import time_block
+from accelerando.metric import Metric
 from accelerando.signature import Signature, flatten, to_numpy
 from accelerando.workload import Form, Model, Samples, flat_module
 
@@ -201,15 +202,21 @@ def _primary(rows: Samples, signature: Signature) -> np.ndarray:
 class Peer:
     """One contestant, ready in a process of its own.
 
+    Args:
+        tool: one of `PEERS`; without it, the contestant's name.
+
     Raises:
         RefusalError: the tool failed on this model; its own words.
     """
 
-    def __init__(self, name: str, model: Model, calibrate: Samples, rows: Samples, batch: int) -> None:
+    def __init__(
+        self, name: str, model: Model, calibrate: Samples, rows: Samples, batch: int, tool: str | None = None
+    ) -> None:
         self.name, self._child = name, Child(name)
         self._folder = tempfile.TemporaryDirectory()
+        given = (tool or name, model, calibrate, rows, batch, self._folder.name)
         try:
-            self._child.call(_prepare, name, model, calibrate, rows, batch, self._folder.name, timeout=PREPARE_SECONDS)
+            self._child.call(_prepare, *given, timeout=PREPARE_SECONDS)
         except BaseException:
             self.close()
             raise
@@ -221,6 +228,9 @@ class Peer:
     def block(self, seconds: float, timeout: float) -> np.ndarray:
         return self._child.call(_block, seconds, timeout=timeout)
 
+    def typical(self, block: np.ndarray) -> float:
+        return float(np.median(block))
+
     def outputs(self, rows: Samples, signature: Signature) -> np.ndarray:
         return self._child.call(_primary, rows, signature, timeout=PREPARE_SECONDS)
 
@@ -231,21 +241,33 @@ class Peer:
 
 @dataclass(frozen=True)
 class Standing:
-    """How a contestant did: times faster than eager, ours over it, seconds per call, and the metric's value."""
+    """How a contestant did: times faster than eager, ours over it, seconds per call, the metric's value, and the drop.
+
+    `drop` is relative to eager's value, on the same samples; 0.01 is 1 %.
+    """
 
     name: str
     over_eager: Interval
     ours_over_it: Interval
     seconds: float
     quality: float
+    drop: Interval
 
 
-def prepare(model: Model, calibrate: Samples, rows: Samples, batch: int) -> Iterator[tuple[str, Peer | str]]:
-    """Every peer that works on this model; for the others, why not."""
+def prepare(
+    model: Model, calibrate: Samples, rows: Samples, batch: int, rivals: Mapping[str, Any]
+) -> Iterator[tuple[str, Peer | str]]:
+    """Every peer that works on this model; for the others, why not.
+
+    Args:
+        rivals: modules that others made of this one, by name; they run in ONNX Runtime at its defaults.
+    """
     assert model.form is Form.TORCH
-    for name in PEERS:
+    contestants = [(name, model, name) for name in PEERS]
+    contestants += [(name, replace(model, content=module), "ONNX Runtime") for name, module in rivals.items()]
+    for name, content, tool in contestants:
         try:
-            yield name, Peer(name, model, calibrate, rows, batch)
+            yield name, Peer(name, content, calibrate, rows, batch, tool)
         except RefusalError as error:
             yield name, str(error).splitlines()[0]
 
@@ -261,11 +283,23 @@ def contest(peers: Sequence[Peer], ours: Arm, rounds: int, seconds: float = 0.15
     return {name: np.array(values) for name, values in table.items()}
 
 
-def standing(name: str, seen: dict[str, np.ndarray], quality: float) -> Standing:
+def standing(name: str, seen: dict[str, np.ndarray], scores: Mapping[str, Floats], metric: Metric) -> Standing:
+    """How one contestant did, from everybody's seconds by round and per-sample scores."""
     return Standing(
         name,
         median_interval(seen["eager"] / seen[name]),
         median_interval(seen[name] / seen["ours"]),
         float(np.median(seen[name])),
-        quality,
+        float(metric.value(scores[name].mean(axis=0))),
+        _drop(scores[name], scores["eager"], metric),
     )
+
+
+def _drop(scores: Floats, eager: Floats, metric: Metric) -> Interval:
+    sign = 1 if metric.higher_is_better else -1
+
+    def share(ours: Floats, theirs: Floats) -> Floats:
+        before = metric.value(theirs)
+        return sign * (before - metric.value(ours)) / np.maximum(np.abs(before), 1e-12)
+
+    return paired_bootstrap(scores, eager, share)

@@ -20,12 +20,47 @@ from accelerando.testing import technique_contract as contract
 from accelerando.workload import Form, Model, Samples
 
 
+def long_kernel() -> tuple[torch.nn.Module, Any]:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return torch.nn.Conv1d(4, 4, 1024, padding=512).eval(), contract.floats(24, 4, 4096)
+
+
+def wide() -> tuple[torch.nn.Module, Any]:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(512, 520), torch.nn.Linear(520, 4)).eval(), contract.floats(40, 512)
+
+
+def layered() -> tuple[torch.nn.Module, Any]:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+        return torch.nn.TransformerEncoder(layer, 4, enable_nested_tensor=False).eval(), contract.floats(40, 6, 16)
+
+
+def broad() -> tuple[torch.nn.Module, Any]:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(512, 512)).eval(), contract.floats(40, 64, 512)
+
+
+# Techniques that have nothing to do on the contract's own model, and what they are given instead.
+OWN: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "fft_convolution": long_kernel,
+    "sparsify": wide,
+    "drop_layers": layered,
+    "low_rank": broad,
+}
+
+
 @pytest.fixture(scope="module", params=sorted(discover("techniques")))
 def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> contract.Subject:
     kind = discover("techniques")[request.param]
     if missing := kind.missing():
         pytest.skip(f"{request.param} needs {', '.join(missing)}")
-    return contract.prepare(kind, tmp_path_factory.mktemp(request.param))
+    model, data = OWN[request.param]() if request.param in OWN else (None, None)
+    return contract.prepare(kind, tmp_path_factory.mktemp(request.param), model, data)
 
 
 @pytest.mark.parametrize("check", contract.CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))

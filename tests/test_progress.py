@@ -8,7 +8,7 @@ import sys
 from typing import Any
 
 import pytest
-from reported import BEST, HOSTILE, ORIGINAL, PLAIN
+from reported import BEST, HOSTILE, NARROW, ORIGINAL, PLAIN, healed_trials
 from reported import refused as turn_away
 from reported import verified as a_trial
 from rich.console import Console
@@ -73,6 +73,44 @@ def test_a_terminal_shows_what_is_tried_the_best_and_the_time() -> None:
     assert "measuring: ONNX Runtime, int8 static (entropy), 1 thread" in lines[0]
     assert "drop 0.0 points" in lines[1]
     assert "1 tried, 0 turned away, 42 s of 2 min" in lines[2]
+
+
+def lesson(watcher: Watcher, clock: Clock) -> None:
+    """Two minutes of healing, told of every two seconds, and the trials of a search with lessons."""
+    with watcher:
+        watcher.phase("healing a shape that is fast enough")
+        for second in range(0, 120, 2):
+            clock.now += 2
+            watcher.trying(NARROW, f"healing {second} of 120 s, accuracy 0.953")
+        for trial in healed_trials():
+            watcher.found(trial, None)
+
+
+def test_a_lesson_is_heard_of_now_and_then_when_piped() -> None:
+    stream, clock = io.StringIO(), Clock()
+    lesson(Progress(1800.0, piped(stream), clock), clock)
+    lines = stream.getvalue().splitlines()
+    assert lines[1].startswith(
+        "[0:20] healing 18 of 120 s, accuracy 0.953, 29 min 40 s left: ONNX Runtime, fewer layers"
+    )
+    assert len(lines) == 8  # the phase, one of ten reports of the lesson, the counts
+    assert max(map(len, lines)) <= 120
+    assert lines[-1] == "10 tried, 1 turned away, 3 shapes measured, 2 min of 30 min"
+
+
+def test_a_lesson_is_seen_with_the_time_that_is_left_on_a_narrow_terminal() -> None:
+    clock = Clock()
+    watcher = Progress(1800.0, Console(file=io.StringIO(), width=80, force_terminal=True), clock)
+    with watcher:
+        watcher.phase("healing a shape that is fast enough")
+        clock.now = 62.0
+        watcher.trying(NARROW, "healing 23 of 60 s, mean-iou 0.953")
+        probe = Console(file=io.StringIO(), width=80)
+        probe.print(watcher._lines())
+    lines = probe.file.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "healing 23 of 60 s, mean-iou 0.953: ONNX Runtime, fewer layers" in lines[0]
+    assert "1 min 2 s of 30 min, 28 min 58 s left" in lines[2]
 
 
 class Broken(io.StringIO):

@@ -18,6 +18,7 @@ from accelerando.recipe import Recipe, Stage
 from accelerando.report.progress import Progress, Quiet, Watcher
 from accelerando.result import Result
 from accelerando.search.budget import Budget
+from accelerando.search.cascades import Pair, next_cascade
 from accelerando.search.grounds import attempt, race
 from accelerando.search.history import Proposal, front_of, leader
 from accelerando.search.proposal import ask
@@ -101,7 +102,8 @@ def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watc
     """The only loop: ask, attempt, note."""
     for trial in space.trials_turned_away(history):
         history = site.note(history, trial)
-    while proposal := ask(space, history, site.goal, site.budget):
+    tuned: set[Pair] = set()
+    while proposal := _next(space, site, history, tuned):
         recipe = proposal.recipe
         if proposal.rivals:
             watcher.phase("telling the best apart, in the same rounds")
@@ -118,9 +120,19 @@ def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watc
     return history
 
 
+def _next(space: Space, site: Site, history: tuple[Trial, ...], tuned: set[Pair]) -> Proposal | None:
+    """What to try next; when exploring is over, cascades of what was found come before the race."""
+    proposal = ask(space, history, site.goal, site.budget)
+    if proposal is not None and not proposal.rivals:
+        return proposal
+    return next_cascade(history, site.grounds, site.budget.to_race, tuned) or proposal
+
+
 def _phase(proposal: Proposal) -> str:
     if proposal.again:
         return "measuring the best again"
+    if proposal.recipe.backend.members:
+        return "joining two recipes"
     front = front_of(proposal.recipe)
     if not front:
         return "looking for faster recipes"

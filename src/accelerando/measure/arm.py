@@ -28,10 +28,10 @@ from accelerando.workload import Chunk, Samples
 TIMED_BATCHES = 32  # distinct inputs that a block goes round
 PROBE_ROWS = 8
 LOAD_SECONDS = 120.0
-# A block of a model whose time depends on what its inputs hold: so many rows at least, for a path that one in ten
-# takes must come in every block; but no more seconds or bytes than these.
-MIX_ROWS = 48
-MIX_SECONDS = 5.0
+# A block of a model whose time depends on what its inputs hold: so many rows at least, for a path that one in twenty
+# takes must come a few times in every block, or the median over rounds is not the mean; but no more seconds or bytes.
+MIX_ROWS = 96
+MIX_SECONDS = 2.0
 MIX_BYTES = 64 * 2**20
 LEAST_BATCHES = 8
 
@@ -176,11 +176,11 @@ def timed_batches(samples: Samples, size: int, count: int = TIMED_BATCHES, seed:
     return batches
 
 
-def mixed_batches(samples: Samples, size: int, seed: int = 0) -> Iterator[tuple[Array, ...]]:
+def mixed_batches(samples: Samples, size: int, seed: int | None = None) -> Iterator[tuple[Array, ...]]:
     """Batches of exactly `size` rows without end: in random order, and no row again before all have come.
 
     What is left over of a shape, fewer than `size` rows, waits for another turn; a shape that has no more is filled up
-    with its own rows.
+    with its own rows.  Without a seed the order is another in every process, so that rounds of several can be pooled.
     """
     rng = np.random.default_rng(seed)
     while True:

@@ -16,7 +16,7 @@ from accelerando.signature import Array
 
 MOST_CALLS = 20_000
 WARM_NANOSECONDS = 5_000_000  # the other arm's idle threads have stopped spinning by then
-MIX_REPEATS = 3  # an odd number: a call that others' load stretched is outvoted by the two others of its batch
+MIX_REPEATS = 3
 
 
 def time_block(run: Runner, batches: Sequence[Sequence[Array]], seconds: float, least: int = 2) -> Floats:
@@ -58,11 +58,16 @@ def time_mix(run: Runner, batches: Sequence[Sequence[Array]]) -> Floats:
 
 
 def mix_seconds(block: Floats) -> float:
-    """Seconds per call over the mix of inputs of a block by `time_mix`: the mean over batches of each one's median.
+    """Seconds per call over the mix of inputs of a block by `time_mix`.
 
-    A median over calls would not see a path that fewer than half of them take.
+    A median over calls would not see a path that fewer than half of them take; a mean would count every time that
+    somebody else had the processor.  Others' load only ever adds, and only an input's own work comes back each time:
+    so it is the mean over batches of each one's quickest call, times what a usual call takes over the quickest one.
     """
-    return float(np.median(block.reshape(MIX_REPEATS, -1), axis=0).mean())
+    calls = block.reshape(MIX_REPEATS, -1)
+    quickest = calls.min(axis=0)
+    usual = np.median(np.median(calls, axis=0) / quickest)
+    return float(quickest.mean() * usual)
 
 
 def _warm_up(run: Runner, batch: Sequence[Array]) -> None:

@@ -9,11 +9,15 @@ from accelerando.errors import Reason
 from accelerando.goal import Check, Outcome
 from accelerando.interval import Interval
 from accelerando.report import words
-from accelerando.report.story import Seen, Story
+from accelerando.report.story import Story
+from accelerando.report.way import Seen
+from accelerando.trial import Refused
+from accelerando.workload import Form
 
 MISSES = 3
 JUDGED_ON_SAMPLES = ("drop", "quality")
 EXACT = ("memory", "size")
+NO_LESSONS = "there is no training data"  # how the refusal of what heals begins
 
 
 def nearest(story: Story) -> tuple[str, ...]:
@@ -72,9 +76,40 @@ def helps(story: Story) -> tuple[str, ...]:
     for group in missing:
         details = dict.fromkeys(words.shorten(t.outcome.detail, 120) for t in group.trials)  # type: ignore[union-attr]
         said.append(f"{group.reason.remedy}: {'; '.join(list(details)[:3])}")
+    if taught := _teaching(story):
+        said.append(taught)
     if any(c.outcome is Outcome.NOT_MET for c in bundle.verdict.checks):
         said.append("a wider bound: the nearest misses name those that would be met")
     return tuple(said)
+
+
+def _teaching(story: Story) -> str:
+    """What `train=` would make possible, where a torch module was given and only the training data is missing."""
+    refused = (t.outcome for t in story.trials if isinstance(t.outcome, Refused))
+    untaught = any(o.detail.startswith(NO_LESSONS) for o in refused)
+    missed = [c for c in story.bundle.verdict.checks if c.outcome is not Outcome.MET]
+    if not untaught or not missed or story.bundle.workload.get("form") != Form.TORCH.value:
+        return ""
+    out = "; ".join(_out_of_reach(story, check) for check in missed)
+    return (
+        f"train=: {out}; with train= the model could be cut and healed: rows like those of data=, with labels or "
+        "without, some thousands are good"
+    )
+
+
+def _out_of_reach(story: Story, check: Check) -> str:
+    """A bound, and the nearest to it that keeps the quality without training."""
+    bound, quality = check.bound, story.bundle.goal.quality_bounds
+    kept = []
+    for seen in story.seen:
+        checks = {c.bound: c for c in story.bundle.goal.judge(seen.evidence).checks}
+        if seen.refused is None and all(checks[q].outcome is Outcome.MET for q in quality) and bound in checks:
+            kept.append(checks[bound].interval.mid)
+    said = f"{bound} is {'out of reach' if check.outcome is Outcome.NOT_MET else 'not proven'} without training"
+    if bound in quality or not kept:
+        return said
+    nearest = words.quantity(bound, max(kept) if bound.least else min(kept), story.metric)
+    return f"{said} ({nearest} is the {'most' if bound.least else 'least'} that keeps the quality)"
 
 
 def _sharper(story: Story, check: Check) -> str:

@@ -9,6 +9,8 @@ from accelerando.bundle import Bundle
 from accelerando.errors import MissingExtraError
 from accelerando.interval import Interval
 from accelerando.report import words
+from accelerando.report.fronts import front_of, tail_of
+from accelerando.report.healing import lessons_of, only_measured
 from accelerando.report.story import Story
 from accelerando.trial import Evidence, Refused, Trial
 
@@ -19,7 +21,9 @@ def rows(bundle: Bundle) -> list[dict[str, Any]]:
     """One flat row for each trial, in the order in which they were tried; every row has the same keys.
 
     Times are in seconds, sizes in bytes, drops in the metric's own unit.  A rung's figures are those of its
-    certified evidence.  What was not measured is None.
+    certified evidence.  What was not measured is None.  `front` holds the steps that shape and heal, `tail` the rest;
+    `lesson_seconds` is the training behind a recipe, `lesson_seconds_spent` what of it this very trial took, and
+    `before_healing` marks shapes that were only measured.
     """
     story = Story(bundle)
     rungs = {rung.recipe.key: number for number, rung in enumerate(bundle.ladder.rungs)}
@@ -45,6 +49,7 @@ def to_frame(bundle: Bundle) -> Any:
 
 def _row(story: Story, number: int, trial: Trial, rung: int | None) -> dict[str, Any]:
     refused = trial.outcome if isinstance(trial.outcome, Refused) else None
+    lessons = [lesson for _, lesson in lessons_of(trial)]
     evidence = story.bundle.ladder.rungs[rung].evidence if rung is not None else trial.evidence
     return {
         "trial": number,
@@ -52,6 +57,12 @@ def _row(story: Story, number: int, trial: Trial, rung: int | None) -> dict[str,
         "recipe": words.recipe(trial.recipe),
         "backend": trial.recipe.backend.name,
         "techniques": " > ".join(step.name for step in trial.recipe.steps),
+        "front": " > ".join(map(str, front_of(trial.recipe))),
+        "tail": str(tail_of(trial.recipe)),
+        "lessons": len(lessons),
+        "lesson_seconds": round(sum(lesson.seconds for lesson in lessons), 1),
+        "lesson_seconds_spent": round(story.taught[number], 1),
+        "before_healing": only_measured(trial),
         "outcome": "refused" if refused else "verified",
         "reason": refused.reason.name if refused else None,
         "detail": words.clean(refused.detail) if refused else None,

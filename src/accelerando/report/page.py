@@ -14,7 +14,7 @@ from xml.etree.ElementTree import Element
 
 from accelerando.bundle import Bundle
 from accelerando.errors import MissingExtraError
-from accelerando.report import layers, sections, words
+from accelerando.report import layers, lessons, sections, words
 from accelerando.report.elements import el, fine, raw, table, to_html
 from accelerando.report.story import Story
 
@@ -90,8 +90,10 @@ def _body(story: Story) -> list[Element | None]:
         sections.plane(story),
         sections.way(story),
         sections.ladder(story),
+        lessons.healed(story),
         sections.latency(story),
         sections.tried(story),
+        lessons.measured(story),
         sections.refusals(story),
         layers.section(story.bundle.profile),
         sections.circumstances(story),

@@ -13,7 +13,8 @@ from accelerando.interval import Interval
 from accelerando.report import words
 from accelerando.report.elements import fine
 from accelerando.report.plots import Figure, bars, log_axis, said, tick_times
-from accelerando.report.story import Seen, Story
+from accelerando.report.story import Story
+from accelerando.report.way import Seen
 from accelerando.trial import Evidence
 
 
@@ -21,7 +22,8 @@ def picture(story: Story) -> Figure:
     """Every measured recipe with its intervals, the goal's region, and the ladder as a staircase."""
     rungs, best = [s for s in story.seen if s.rung is not None], story.bundle.best
     others = [s for s in story.seen if s.rung is None and s.refused is None]
-    refused = [s for s in story.seen if s.refused is not None]
+    refused = [s for s in story.seen if s.refused is not None and not s.bare]
+    bare = [s for s in story.seen if s.bare]
     x, y, floor = _window(story)
     staircase = sorted(rungs, key=lambda s: s.rung or 0)
     data = [
@@ -33,6 +35,7 @@ def picture(story: Story) -> Figure:
             "line": {"shape": "vh", "color": "var(--accent)", "width": 1.5, "dash": "dot"},
         },
         _cloud(story, refused, "turned away", "var(--faint)", floor, {"symbol": "x", "size": 7}, 1),
+        _cloud(story, bare, "shapes, before healing", "var(--unsure)", floor, {"symbol": "diamond-open", "size": 7}, 1),
         _cloud(story, others, "verified", "var(--middle)", floor, {"symbol": "circle-open", "size": 8}, 1),
         _cloud(story, [s for s in rungs if s.rung != best], "rungs", "var(--accent)", floor, {"size": 10}, 2),
         _cloud(story, [s for s in rungs if s.rung == best], "the best", "var(--good)", floor,
@@ -117,7 +120,9 @@ def _tip(story: Story, seen: Seen) -> str:
         fine(f"{html.escape(story.metric)} {words.quality(story.metric, evidence.quality.mid)}, "
              f"drop {words.drop(story.metric, evidence.drop)}"),
     ]  # fmt: skip
-    if seen.refused is not None:
+    if seen.bare:
+        lines.append("a shape, before it was healed")
+    elif seen.refused is not None:
         lines += [said(f"turned away: {seen.refused.reason.happened}"), said(words.shorten(seen.refused.detail, 140))]
     lines += [said(doubt) for doubt in evidence.doubts()]
     return "<br>".join(lines)

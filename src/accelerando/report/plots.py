@@ -17,12 +17,17 @@ import numpy as np
 from accelerando.interval import Interval
 from accelerando.report import words
 from accelerando.report.elements import fine
+from accelerando.report.healing import only_measured, timed
 from accelerando.report.story import Story
-from accelerando.trial import Refused, Trial, thin
+from accelerando.report.way import Leg
+from accelerando.trial import Trial, thin
 
 Figure = dict[str, Any]
 POINTS = 300  # of a distribution's curve
 MOST_CURVES = 6
+NOTHING = "\u200b"  # a space of no width
+VERIFIED, AWAY, SHAPE = "verified", "turned away", "shapes, before healing"
+KINDS = ((VERIFIED, "var(--good)", "circle"), (AWAY, "var(--faint)", "x"), (SHAPE, "var(--unsure)", "diamond-open"))
 
 
 def said(text: str, width: int = 46) -> str:
@@ -75,8 +80,11 @@ def way(story: Story) -> Figure:
     """What each step brought on the way from the original to the best: from one speedup to the next."""
     legs = story.way
     ends = [leg.after for leg in legs]
-    names = [f"the original<br>{said(words.recipe(story.original.recipe), 24)}", *(said(leg.added, 24) for leg in legs)]
-    labels = [f"{n}{' ' * i}" for i, n in enumerate(names)]  # plotly joins rows of one name
+    names = [
+        f"the original<br>{said(words.recipe(story.original.recipe), 24)}",
+        *(f"{said(leg.added, 24)}{fine(_quality_step(story, leg))}" for leg in legs),
+    ]
+    labels = [f"{n}{NOTHING * i}" for i, n in enumerate(names)]  # plotly joins rows of one name
     colours = [
         "var(--middle)",
         *("var(--middle)" if not leg.clear else "var(--good)" if leg.gain > 1 else "var(--bad)" for leg in legs),
@@ -111,6 +119,12 @@ def way(story: Story) -> Figure:
         "bargap": 0.35,
     }
     return {"data": [floating, marks], "layout": layout, "height": 130 + 58 * len(labels)}
+
+
+def _quality_step(story: Story, leg: Leg) -> str:
+    """What a leg did to the quality as a line of its name, where that is clear: `-38.1 points`."""
+    brought = leg.brought(story.metric)
+    return f"<br>{html.escape(brought)}" if brought else ""
 
 
 def latency(story: Story) -> Figure:
@@ -158,27 +172,28 @@ def learning(story: Story) -> Figure:
     """The time each trial took, and the best speedup that was known after it."""
     ends = [float(v) for v in np.cumsum([t.seconds for t in story.history])]
     best, climbing = 1.0, []
-    marks: dict[bool, list[tuple[float, Trial, float]]] = {True: [], False: []}
+    marks: dict[str, list[tuple[float, Trial, float]]] = {name: [] for name, _, _ in KINDS}
     for end, trial in zip(ends, story.history, strict=True):
         if trial.verified is not None:
             best = max(best, trial.verified.evidence.speedup.mid)
         climbing.append(best)
-        speed = speed_of(trial)
+        speed = timed(trial)
         if speed is not None:
-            marks[trial.verified is not None].append((end, trial, speed))
+            kind = VERIFIED if trial.verified else SHAPE if only_measured(trial) else AWAY
+            marks[kind].append((end, trial, speed.mid))
     data: list[dict[str, Any]] = [{
         "type": "scatter", "mode": "lines", "name": "fastest verified so far", "hoverinfo": "skip",
         "x": [0.0, *ends], "y": [1.0, *climbing], "line": {"shape": "hv", "color": "var(--accent)", "width": 2},
     }]  # fmt: skip
-    for good, name, colour in ((True, "verified", "var(--good)"), (False, "turned away", "var(--faint)")):
+    for name, colour, symbol in KINDS:
         data.append({
             "type": "scatter", "mode": "markers", "name": name,
-            "x": [end for end, _, _ in marks[good]], "y": [speed for _, _, speed in marks[good]],
-            "marker": {"color": colour, "size": 8, "symbol": "circle" if good else "x"},
-            "error_x": {"type": "data", "symmetric": False, "array": [0.0] * len(marks[good]), "width": 0,
-                        "color": colour, "arrayminus": [t.seconds for _, t, _ in marks[good]], "thickness": 3},
+            "x": [end for end, _, _ in marks[name]], "y": [speed for _, _, speed in marks[name]],
+            "marker": {"color": colour, "size": 8, "symbol": symbol},
+            "error_x": {"type": "data", "symmetric": False, "array": [0.0] * len(marks[name]), "width": 0,
+                        "color": colour, "arrayminus": [t.seconds for _, t, _ in marks[name]], "thickness": 3},
             "hovertext": [
-                f"{said(words.recipe(t.recipe))}<br>took {words.duration(t.seconds)}" for _, t, _ in marks[good]
+                f"{said(words.recipe(t.recipe))}<br>took {words.duration(t.seconds)}" for _, t, _ in marks[name]
             ],
             "hovertemplate": "%{hovertext}<extra></extra>",
         })  # fmt: skip
@@ -189,11 +204,3 @@ def learning(story: Story) -> Figure:
         "hovermode": "closest",
     }
     return {"data": [t for t in data if t["x"]], "layout": layout, "height": 360}
-
-
-def speed_of(trial: Trial) -> float | None:
-    """A trial's speedup, where it was timed at all."""
-    if trial.evidence is not None:
-        return trial.evidence.speedup.mid
-    timed = trial.outcome.speedup if isinstance(trial.outcome, Refused) else None
-    return timed.mid if timed else None

@@ -6,6 +6,7 @@ nothing else.  It draws once a second at most, for the cores belong to what is b
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from types import TracebackType
@@ -19,8 +20,11 @@ from rich.text import Text
 
 from accelerando.recipe import Recipe
 from accelerando.report import words
+from accelerando.report.healing import only_measured
 from accelerando.trial import Trial
 
+LESSON = re.compile(r"\d+ of \d+ s\b")  # how far a lesson is: it takes minutes, so it is worth a line when piped
+LESSON_LINES, LESSON_WIDTH = 20.0, 120  # seconds between such lines, and their characters
 PER_SECOND = 1  # redraws; each takes about a millisecond of one core
 
 
@@ -64,7 +68,8 @@ class Quiet:
 class Progress:
     """Shows what is being tried, the best so far, how many were tried and turned away, and the time used.
 
-    On a terminal these are three live lines; elsewhere a line is printed for each phase, note and new best.
+    On a terminal these are three live lines; elsewhere a line is printed for each phase, note and new best, and now
+    and then for how far a lesson is.
 
     Args:
         budget_seconds: what may be used, or None.
@@ -84,7 +89,8 @@ class Progress:
         self._start = clock()
         self._phase, self._now = "", ""
         self._best: Trial | None = None
-        self._outcomes: dict[str, bool] = {}  # by recipe: a recipe that is measured again counts once
+        self._outcomes: dict[str, str] = {}  # by recipe: a recipe that is measured again counts once
+        self._said = -LESSON_LINES  # when the last line was printed
         self._live: Live | None = None
 
     def __enter__(self) -> Progress:
@@ -115,12 +121,18 @@ class Progress:
             self._say(Text(f"[{self._elapsed()}] {self._phase}"))
 
     def trying(self, recipe: Recipe, doing: str) -> None:
-        """A recipe is being built or measured; only shown live."""
-        self._now = f"{words.shorten(doing, 30)}: {words.recipe(recipe)}"
+        """A recipe is being built or measured; only shown live, but for how far a lesson is."""
+        doing, said = words.shorten(doing, 50), words.recipe(recipe)
+        self._now = f"{doing}: {said}"
+        if self._live is None and LESSON.search(doing) and self._clock() - self._said >= LESSON_LINES:
+            line = f"[{self._elapsed()}] {doing}{self._left()}: {said}"
+            self._say(Text(words.shorten(line, LESSON_WIDTH)))
 
     def found(self, trial: Trial, best: Trial | None) -> None:
         """A trial ended.  A new best is worth a line that stays; a refusal is not."""
-        self._outcomes[trial.recipe.key] = trial.verified is not None
+        self._outcomes[trial.recipe.key] = (
+            "verified" if trial.verified else "measured" if only_measured(trial) else "turned away"
+        )
         before = self._best.recipe.key if self._best else None
         self._best = best
         if best is not None and best.recipe.key != before:
@@ -131,6 +143,7 @@ class Progress:
         self._say(Text(f"[{self._elapsed()}] {words.shorten(text, 400)}"))
 
     def _say(self, line: Text) -> None:
+        self._said = self._clock()
         self._console.print(line, soft_wrap=self._live is None)
 
     def _elapsed(self) -> str:
@@ -140,8 +153,14 @@ class Progress:
     def _counts(self) -> Text:
         budget = f" of {words.duration(self._budget)}" if self._budget else ""
         spent = words.duration(self._clock() - self._start)
-        tried, verified = len(self._outcomes), sum(self._outcomes.values())
-        return Text(f"{tried} tried, {tried - verified} turned away, {spent}{budget}")
+        became = list(self._outcomes.values())
+        shapes = f", {words.count(became.count('measured'), 'shape')} measured" if "measured" in became else ""
+        return Text(f"{len(became)} tried, {became.count('turned away')} turned away{shapes}, {spent}{budget}")
+
+    def _left(self) -> str:
+        """What is left of the budget: `, 17 min 55 s left`."""
+        left = self._budget - (self._clock() - self._start) if self._budget else 0.0
+        return f", {words.duration(round(left))} left" if left > 0 else ""
 
     def _lines(self) -> RenderableType:
         """The live lines, each cut to the terminal's width."""
@@ -150,7 +169,7 @@ class Progress:
         grid.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
         grid.add_row("now", Text(self._now or self._phase or "getting ready"))
         grid.add_row("best", Text(describe(self._best) if self._best else "none yet", style="bold green"))
-        grid.add_row("time", self._counts().append(f"   {self._phase}", style="dim"))
+        grid.add_row("time", self._counts().append(f"{self._left()}   {self._phase}", style="dim"))
         return Group(grid)
 
 

@@ -163,15 +163,15 @@ def way(story: Story) -> Element | None:
     rows: list[list[Child]] = [
         [leg.added, interval(leg.seen.evidence.speedup, words.times),
          fine(words.times(leg.gain)) + ("" if leg.clear else " (not clear)"),
-         fine(words.drop(story.metric, leg.seen.evidence.drop))]
+         fine(words.drop(story.metric, leg.seen.evidence.drop)), fine(leg.brought(story.metric)) or "not clear"]
         for leg in legs
     ]  # fmt: skip
     return section(
         "way", "What each step brought",
         "From the original to the best, over simpler versions of the best that were measured themselves.",
         plot("way", plots.way(story), "Speedup after each step; the table below holds the same figures"),
-        table(["step", "speedup after it", "by this step", "drop after it"], rows, "The way to the best",
-              frozenset({1, 2})),
+        table(["step", "speedup after it", "by this step", "drop after it", "quality by this step"], rows,
+              "The way to the best", frozenset({1, 2, 4})),
         el("p", note, class_="note") if note else None,
     )  # fmt: skip
 
@@ -196,19 +196,13 @@ def latency(story: Story) -> Element:
 def tried(story: Story) -> Element | None:
     if not story.trials:
         return None
-    run = story.bundle.run
-    spent = f" in {words.duration(float(run['seconds']))}" if run.get("seconds") else ""
-    lead = (
-        f"{words.count(len(story.trials), 'recipe')}{spent}: {len(story.trials) - story.turned_away} verified, "
-        f"{story.turned_away} turned away."
-    )
     rows: list[list[Child]] = [
         [t.name, str(t.tried), str(t.verified), interval(t.best.speedup, words.times) if t.best else "none",
          words.duration(t.seconds)]
         for t in story.tallies
     ]  # fmt: skip
     return section(
-        "tried", "What was tried", lead,
+        "tried", "What was tried", story.effort,
         plot("learning", plots.learning(story), "The best speedup over the time of the search"),
         table(["with", "tried", "verified", "fastest", "time"], rows, "By backend and technique",
               frozenset({1, 2, 3, 4})),

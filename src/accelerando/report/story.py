@@ -11,48 +11,12 @@ from accelerando.errors import Reason
 from accelerando.goal import Outcome
 from accelerando.interval import Interval
 from accelerando.ladder import Rung
-from accelerando.recipe import Plugin, Recipe
+from accelerando.recipe import Recipe
 from accelerando.report import words
+from accelerando.report.fronts import front_of, heals
+from accelerando.report.healing import Healing, Shape, healings, lessons_of, only_measured, shapes, taught_seconds
+from accelerando.report.way import Leg, Seen, way
 from accelerando.trial import Evidence, Refused, Trial
-
-Part = tuple[str, ...]  # what a recipe is made of: a step or backend by name, or one of its settings
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A recipe that was measured: as a rung of the ladder, as a trial, or before it was turned away."""
-
-    recipe: Recipe
-    evidence: Evidence
-    rung: int | None = None
-    refused: Refused | None = None
-
-
-@dataclass(frozen=True)
-class Leg:
-    """One leg of the way from the original to the best: what was added, and the recipe measured at its end.
-
-    `together` where several things were added at once, for nothing between them was measured; `before` is the
-    speedup at its beginning.
-    """
-
-    added: str
-    together: bool
-    seen: Seen
-    before: Interval
-
-    @property
-    def after(self) -> Interval:
-        return self.seen.evidence.speedup
-
-    @property
-    def gain(self) -> float:
-        return self.after.mid / self.before.mid
-
-    @property
-    def clear(self) -> bool:
-        """Whether it changed the speed by more than the intervals leave open."""
-        return self.after.low > self.before.high or self.after.high < self.before.low
 
 
 @dataclass(frozen=True)
@@ -104,7 +68,17 @@ class Story:
 
     @property
     def turned_away(self) -> int:
-        return sum(t.verified is None for t in self.trials)
+        return sum(t.verified is None and not only_measured(t) for t in self.trials)
+
+    @property
+    def only_measured(self) -> int:
+        """How many recipes are shapes that were not healed: they did not fail."""
+        return sum(map(only_measured, self.trials))
+
+    @cached_property
+    def taught(self) -> tuple[float, ...]:
+        """Seconds of lessons within each trial of the history; a lesson that was given before takes none again."""
+        return tuple(taught_seconds(self.history))
 
     def name(self, recipe: Recipe) -> str:
         """A recipe in words; the original says that it is one."""
@@ -118,7 +92,7 @@ class Story:
         for trial in self.trials:
             if trial.evidence is not None:
                 refused = trial.outcome if isinstance(trial.outcome, Refused) else None
-                found[trial.recipe.key] = Seen(trial.recipe, trial.evidence, None, refused)
+                found[trial.recipe.key] = Seen(trial.recipe, trial.evidence, None, refused, only_measured(trial))
         for number, rung in enumerate(self.bundle.ladder.rungs):
             found[rung.recipe.key] = Seen(rung.recipe, rung.evidence, number)
         return tuple(found.values())
@@ -126,7 +100,8 @@ class Story:
     @cached_property
     def timed(self) -> tuple[tuple[Recipe, Refused, Interval], ...]:
         """Recipes that were turned away on their speed, before their quality was looked at."""
-        outcomes = [(t.recipe, t.outcome) for t in self.trials if isinstance(t.outcome, Refused)]
+        refused = [t for t in self.trials if not only_measured(t)]
+        outcomes = [(t.recipe, t.outcome) for t in refused if isinstance(t.outcome, Refused)]
         return tuple((r, o, o.speedup) for r, o in outcomes if o.evidence is None and o.speedup is not None)
 
     @cached_property
@@ -134,45 +109,66 @@ class Story:
         """Those turned away, by reason, the most frequent first."""
         found: dict[Reason, list[Trial]] = defaultdict(list)
         for trial in self.trials:
-            if isinstance(trial.outcome, Refused):
+            if isinstance(trial.outcome, Refused) and not only_measured(trial):
                 found[trial.outcome.reason].append(trial)
         return tuple(Group(r, tuple(ts)) for r, ts in sorted(found.items(), key=lambda item: -len(item[1])))
 
     @cached_property
     def tallies(self) -> tuple[Tally, ...]:
-        """By backend, then by technique: one that holds several counts for each; changes of form are left out."""
+        """By backend, then by technique: one that holds several counts for each; changes of form are left out.
+
+        The seconds of lessons count for what heals, and all others for the rest.
+        """
+        whole, lessons = defaultdict[str, float](float), defaultdict[str, float](float)
+        for trial, taught in zip(self.history, self.taught, strict=True):
+            whole[trial.recipe.key] += trial.seconds
+            lessons[trial.recipe.key] += taught
         backends: dict[str, list[Trial]] = defaultdict(list)
         techniques: dict[str, list[Trial]] = defaultdict(list)
+        healers = {s.name for t in self.trials for s in front_of(t.recipe) if heals(s)}
         for trial in self.trials:
             backends[trial.recipe.backend.name].append(trial)
             for name in dict.fromkeys(step.name for step in trial.recipe.steps):
                 if words.NAMES.get(name) != "":
                     techniques[name].append(trial)
-        return tuple(_tally(name, trials) for each in (backends, techniques) for name, trials in each.items())
+
+        def seconds(name: str, trials: list[Trial]) -> float:
+            taught = sum(lessons[t.recipe.key] for t in trials)
+            return taught if name in healers else sum(whole[t.recipe.key] for t in trials) - taught
+
+        rows = [item for each in (backends, techniques) for item in each.items()]
+        return tuple(_tally(name, trials, seconds(name, trials)) for name, trials in rows)
+
+    @property
+    def effort(self) -> str:
+        """What the search did, in one sentence: `47 recipes in 2 min: 30 verified, 9 turned away, ...`."""
+        run = self.bundle.run
+        spent = f" in {words.duration(float(run['seconds']))}" if run.get("seconds") else ""
+        budget = f" of {words.duration(float(run['budget_seconds']))}" if run.get("budget_seconds") else ""
+        verified = sum(t.verified is not None for t in self.trials)
+        said = f"{words.count(len(self.trials), 'recipe')}{spent}{budget}: {verified} verified, "
+        said += f"{self.turned_away} turned away"
+        said += f", {words.count(self.only_measured, 'shape')} measured before healing" if self.only_measured else ""
+        given = [key for t in self.trials for key, lesson in lessons_of(t) if lesson.curve]
+        if given:
+            count = words.count(len(set(given)), "lesson")
+            said += f"; {count}, {words.duration(round(sum(self.taught)))} in all"
+        return f"{said}."
 
     @cached_property
     def way(self) -> tuple[Leg, ...]:
-        """The way from the original to the best, over measured recipes only.
+        """The way from the original to the best."""
+        return way(self.seen, self.original.recipe, self.best.recipe)
 
-        A simpler variant of the best is a recipe whose parts (steps, backend, settings) are all parts of the best.
-        The longest chain of measured variants, each holding the one before, is the way; what was never measured
-        apart is one leg.
-        """
-        whole = parts(self.best.recipe)
-        start = self.original.recipe.key
-        variants = [s for s in self.seen if s.recipe.key != start and parts(s.recipe) <= whole]
-        variants.sort(key=lambda s: (len(parts(s.recipe)), s.refused is not None))
-        chains: list[list[Seen]] = []
-        for variant in variants:
-            before = [c for c in chains if parts(c[-1].recipe) < parts(variant.recipe)]
-            chains.append([*max(before, key=len, default=[]), variant])
-        way = next((c for c in reversed(chains) if parts(c[-1].recipe) == whole), [])
-        legs, known, speed = [], frozenset[Part](), Interval.exactly(1.0)
-        for seen in way:
-            new = parts(seen.recipe) - known
-            legs.append(Leg(_added(seen.recipe, new), _weight(seen.recipe, new) > 1, seen, speed))
-            known, speed = parts(seen.recipe), seen.evidence.speedup
-        return tuple(legs)
+    @cached_property
+    def healings(self) -> tuple[Healing, ...]:
+        """The story of each rung that was shaped or healed."""
+        return healings(self.bundle.ladder, self.trials)
+
+    @cached_property
+    def shapes(self) -> tuple[Shape, ...]:
+        """The shapes that were measured before they were healed, the fastest first."""
+        return shapes(self.bundle.ladder, self.trials)
 
     @property
     def headline(self) -> str:
@@ -193,45 +189,7 @@ class Story:
         return sentence if outcome is Outcome.MET else f"the nearest is {sentence}"
 
 
-def parts(recipe: Recipe) -> frozenset[Part]:
-    """What a recipe is made of; settings at their defaults are not parts."""
-    found: set[Part] = set()
-    for role, part in [*(("step", s) for s in recipe.steps), ("backend", recipe.backend)]:
-        found |= {(role, part.name), *((role, part.name, setting) for setting in words.changed_knobs(part))}
-    return frozenset(found)
-
-
-def _ordered(recipe: Recipe) -> list[tuple[str, Plugin]]:
-    return [("backend", recipe.backend), *(("step", s) for s in recipe.steps)]
-
-
-def _added(recipe: Recipe, new: frozenset[Part]) -> str:
-    """The new parts of a recipe in words, in the order in which a recipe is said."""
-    said, last = [], []
-    for role, part in _ordered(recipe):
-        settings = [k for k in words.changed_knobs(part) if (role, part.name, k) in new]
-        name = words.NAMES.get(part.name, part.name.replace("_", " "))
-        if role == "backend":
-            said += [name] if (role, part.name) in new else []
-            last = settings
-        elif (role, part.name) in new:
-            said += [words.plugin(part)] if words.plugin(part) else []
-        elif settings:
-            said.append(f"{name or part.name.replace('_', ' ')}: {', '.join(settings)}")
-    return words.clean(" + ".join([*said, *last])) or "another form of the model"
-
-
-def _weight(recipe: Recipe, new: frozenset[Part]) -> int:
-    """How many changes of speed a leg joins: a backend with the change of form that it needs is one."""
-    silent = {("step", s.name) for s in recipe.steps if words.NAMES.get(s.name) == ""}
-    named = {p[:2] for p in new if len(p) == 2} - silent
-    settings = {p for p in new if len(p) == 3 and p[:2] not in named}
-    backend_settings = {p for p in new if len(p) == 3 and p[0] == "backend" and p[:2] in named}
-    return len(named) + len(settings) + len(backend_settings)
-
-
-def _tally(name: str, trials: list[Trial]) -> Tally:
+def _tally(name: str, trials: list[Trial], seconds: float) -> Tally:
     good = [t.verified.evidence for t in trials if t.verified is not None]
     best = max(good, key=lambda e: e.speedup.mid, default=None)
-    said = words.NAMES.get(name) or name.replace("_", " ")
-    return Tally(words.clean(said), len(trials), len(good), sum(t.seconds for t in trials), best)
+    return Tally(words.clean(words.called(name)), len(trials), len(good), seconds, best)

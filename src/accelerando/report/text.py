@@ -18,10 +18,12 @@ from rich.text import Text
 from accelerando.bundle import Bundle
 from accelerando.goal import Outcome
 from accelerando.report import advice, words
+from accelerando.report.healing import MOST_SHAPES
 from accelerando.report.story import Story
 from accelerando.trial import Refused
 
 WIDTH = 80
+MOST_CUT = 200  # characters about a cut
 EXAMPLES = 2  # of the recipes turned away for one reason
 LINES = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the header
 STYLE = {Outcome.MET: "bold green", Outcome.NOT_MET: "bold red", Outcome.UNSURE: "bold yellow"}
@@ -48,7 +50,9 @@ def report(bundle: Bundle) -> Group:
     return Group(
         verdict(bundle),
         *_section("The ladder", _ladder(story)),
+        *(_section("What was cut, and healed", _healings(story)) if story.healings else ()),
         *_section("What was tried", _tried(story)),
+        *(_section("Shapes that were measured", _shapes(story)) if story.shapes else ()),
         *(_section("What was turned away, and why", _refusals(story)) if story.groups else ()),
         *_section("Where and how", _circumstances(story)),
     )
@@ -141,12 +145,8 @@ def _ladder(story: Story) -> Table:
 
 
 def _tried(story: Story) -> RenderableType:
-    run, verified = story.bundle.run, len(story.trials) - story.turned_away
-    spent = f" in {words.duration(float(run['seconds']))}" if run.get("seconds") else ""
-    budget = f" of {words.duration(float(run['budget_seconds']))}" if run.get("budget_seconds") else ""
-    tried = words.count(len(story.trials), "recipe")
-    line = f"{tried}{spent}{budget}: {verified} verified, {story.turned_away} turned away."
-    if run.get("finished") is False:
+    line = story.effort
+    if story.bundle.run.get("finished") is False:
         line += " It was not through with its plan, and can be resumed."
     table = Table(box=LINES, padding=(0, 1), show_edge=False, header_style="dim", pad_edge=False)
     table.add_column("with")
@@ -156,6 +156,43 @@ def _tried(story: Story) -> RenderableType:
         best = words.times(tally.best.speedup.mid) if tally.best else "-"
         table.add_row(Text(tally.name), str(tally.tried), str(tally.verified), best, words.duration(tally.seconds))
     return Group(Text(line), Text(), table)
+
+
+def _healings(story: Story) -> Group:
+    """A few lines for each rung that was cut: what went, how far the quality fell, and how far it was healed."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(no_wrap=True)
+    grid.add_column()
+    for number, healing in enumerate(story.healings):
+        if number:
+            grid.add_row("", "")
+        best = "*" if healing.recipe == story.best.recipe else ""
+        lines = Table.grid(padding=(0, 1))
+        lines.add_column(style="dim", no_wrap=True)
+        lines.add_column()
+        for what, line in healing.told():
+            lines.add_row(what, Text(words.shorten(line, MOST_CUT)))
+        grid.add_row(f"{healing.label}{best}", Group(Text(story.name(healing.recipe), style="bold"), lines))
+    return Group(grid)
+
+
+def _shapes(story: Story) -> RenderableType:
+    """Shapes before they were healed: how fast they are, and what their quality fell to."""
+    table = Table(box=LINES, padding=(0, 1), show_edge=False, header_style="dim", pad_edge=False)
+    table.add_column("cut", ratio=1)
+    table.add_column("speedup", justify="right", no_wrap=True)
+    table.add_column("before healing", justify="right", no_wrap=True)
+    table.add_column("became", no_wrap=True)
+    for shape in story.shapes[:MOST_SHAPES]:
+        fell = shape.trial.evidence
+        table.add_row(
+            Text(", ".join(words.front(shape.front))),
+            words.times(shape.speedup.mid),
+            words.quality(fell.metric, fell.quality.mid) if fell else "not scored",
+            shape.became,
+        )
+    rest = len(story.shapes) - MOST_SHAPES
+    return Group(table, Text(f"and {rest} more", style="dim")) if rest > 0 else table
 
 
 def _refusals(story: Story) -> Table:

@@ -31,6 +31,8 @@ FASTER = 1.5  # times faster than the better one that the fast one must be
 GAIN = 1.05  # times faster than measured so far that a cascade must promise to be
 CAUTION = 1.5  # half widths of the interval by which the drop must clear its bound: a threshold is chosen for its luck
 SHARES = np.geomspace(0.005, 0.8, 24)  # of the rows that are asked again, to choose from
+OWN_SECONDS = 25e-6  # of a call, for confidences and for putting rows together
+ALONE = 0.2  # of the better one's time that a single row takes of it, however large the batch
 ASKED_PER_LOST = 3.0  # rows that are asked again for each that the fast one loses, as a guess
 MOST_PAIRS = 4  # that are tuned in one search
 LEAST_SECONDS = 20.0  # left, for one to be tuned, built and measured
@@ -114,9 +116,12 @@ def predicted(fast: Evidence, better: Evidence, unsure: NDArray[np.bool_], fixed
         fixed: whether the model takes one size of batch only, so that a single unsure row costs a whole one.
     """
     rows = np.resize(np.random.default_rng(0).permutation(len(unsure)), (max(len(unsure), 512), fast.batch))
-    share = unsure[rows].mean(axis=1)
-    calls = 1 / speed_of(fast) + (np.ceil(share) if fixed else share) / speed_of(better)
-    original = better.rounds[:, 1]
+    original, share = better.rounds[:, 1], unsure[rows].mean(axis=1)
+    if fixed:
+        share = np.ceil(share)
+    elif fast.batch > 1:
+        share = ALONE * (share > 0) + (1 - ALONE) * share
+    calls = 1 / speed_of(fast) + share / speed_of(better) + OWN_SECONDS / np.median(original)
     return replace(
         better,
         scores=np.where(unsure[:, None], better.scores, fast.scores),

@@ -91,6 +91,8 @@ class ExportOnnx(Technique):
         import torch
 
         tensors = tuple(torch.from_numpy(x) for x in leaves)
+        fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no translation
         try:
             with quiet(), torch.no_grad():
                 (self._dynamo if route == "dynamo" else self._torchscript)(model, tensors, path)
@@ -99,6 +101,8 @@ class ExportOnnx(Technique):
             raise
         except Exception as error:
             raise RefusalError(Reason.EXPORT_FAILED, first_lines(error)) from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
 
     def _dynamo(self, model: Model, tensors: tuple[Any, ...], path: Path) -> None:
         import torch
@@ -123,23 +127,18 @@ class ExportOnnx(Technique):
         import torch
 
         ports = (*model.signature.inputs, *model.signature.outputs)
-        fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)  # fused attention has no translation
         torch._C._jit_set_onnx_log_enabled(False)  # else it prints the graph of a failure
-        try:
-            torch.onnx.export(
-                _own_copy(model),
-                tensors,
-                str(path),
-                dynamo=False,
-                input_names=[p.name for p in model.signature.inputs],
-                output_names=[p.name for p in model.signature.outputs],
-                dynamic_axes={p.name: {i: a for i, a in enumerate(p.shape) if isinstance(a, str)} for p in ports},
-                opset_version=self._opset("torchscript"),
-                verbose=False,
-            )
-        finally:
-            torch.backends.mha.set_fastpath_enabled(fast)
+        torch.onnx.export(
+            _own_copy(model),
+            tensors,
+            str(path),
+            dynamo=False,
+            input_names=[p.name for p in model.signature.inputs],
+            output_names=[p.name for p in model.signature.outputs],
+            dynamic_axes={p.name: {i: a for i, a in enumerate(p.shape) if isinstance(a, str)} for p in ports},
+            opset_version=self._opset("torchscript"),
+            verbose=False,
+        )
 
 
 def _own_copy(model: Model) -> Any:

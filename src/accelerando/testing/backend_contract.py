@@ -431,4 +431,27 @@ def writer() -> Given:
         return Writes().eval(), _floats(40, 4)
 
 
-CASES: dict[str, Callable[[], Given]] = {case.__name__: case for case in (image, two_inputs, recurrent, tokens, writer)}
+def zeros() -> Given:
+    """Large linear layers whose weights are mostly zeros, on vectors and on sequences: for sparse products."""
+    import torch
+    from torch import nn
+
+    class Zeros(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.each, self.all = nn.Linear(512, 520), nn.Linear(520, 512)
+            with torch.no_grad():
+                for layer in (self.each, self.all):
+                    layer.weight[torch.rand_like(layer.weight) < 0.95] = 0.0
+
+        def forward(self, x: Any) -> Any:
+            return self.all(torch.relu(self.each(x)).mean(1))
+
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return Zeros().eval(), _floats(40, 3, 512)
+
+
+CASES: dict[str, Callable[[], Given]] = {
+    case.__name__: case for case in (image, two_inputs, recurrent, tokens, writer, zeros)
+}

@@ -29,11 +29,13 @@ from accelerando.machine import ISA, Machine
 from accelerando.plugins import discover
 from accelerando.recipe import Artifact, Stage, Technique, plugin_from_json, snake
 from accelerando.signature import Array, to_numpy
-from accelerando.workload import Form, Model, Samples, flat_module
+from accelerando.workload import Chunk, Form, Lessons, Model, Samples, Workload, flat_module
 
 HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "transformers", "sklearn", "pandas")
 TOLERANCE = 1e-3  # of an answer's largest value: float32 in another order stays a hundred times below
 ROWS = (1, 2, 5)
+BRIEF_SECONDS = 2  # of retraining, where a technique has a knob for it
+LESSONS = "lessons"  # a folder in which techniques that retrain leave checkpoints
 KNOBS = (bool, int, float, str, type(None))
 
 
@@ -60,7 +62,7 @@ class Subject:
 
 
 def prepare(kind: type[Technique], folder: Path, model: Any = None, data: Any = None) -> Subject:
-    """Apply a technique at its defaults to a small model.
+    """Apply a technique at its defaults to a small model; one that has a knob `seconds` takes `BRIEF_SECONDS`.
 
     Args:
         folder: an empty folder.
@@ -75,14 +77,30 @@ def prepare(kind: type[Technique], folder: Path, model: Any = None, data: Any = 
         model, data = network(), floats(64, 1, 8, 8)
     workload = adopt(model, data, metric="cosine")
     given = _in_form(workload.model, kind.takes, workload.calibrate, folder)
+    if kind.stage is Stage.HEAL:
+        given = dataclasses.replace(given, lessons=_lessons(workload, folder))
     room = folder / "applied"
     room.mkdir()
     around = {p for p in folder.rglob("*") if p.is_file()}
     before = _fingerprint(given, workload.calibrate)
-    made = kind().apply(given, workload.calibrate, room)
+    made = _brief(kind).apply(given, workload.calibrate, room)
     after = _fingerprint(given, workload.calibrate)
-    strays = {p for p in folder.rglob("*") if p.is_file() and room not in p.parents} - around
+    own = (room, folder / LESSONS)
+    strays = {p for p in folder.rglob("*") if p.is_file() and not any(o in p.parents for o in own)} - around
     return Subject(kind(), workload.model, given, made, before, after, tuple(sorted(map(str, strays))))
+
+
+def _brief(kind: type[Technique]) -> Technique:
+    """At its defaults, but for how long it may train."""
+    technique: Any = kind()
+    return dataclasses.replace(technique, seconds=BRIEF_SECONDS) if hasattr(technique, "seconds") else technique
+
+
+def _lessons(workload: Workload, folder: Path) -> Lessons:
+    """What a technique that retrains is given: the calibration rows to learn from, without labels."""
+    rows = Samples(tuple(Chunk(c.inputs, None) for c in workload.calibrate.chunks))
+    own = workload.metric, workload.loss, workload.augment
+    return Lessons(workload.model.content, rows, workload.select, *own, folder / LESSONS / "0", lambda text: None)
 
 
 def _in_form(model: Model, form: Form, data: Samples, folder: Path) -> Model:

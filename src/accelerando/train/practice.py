@@ -1,0 +1,212 @@
+"""Training steps: a batch, the teacher's word on it, a loss, a gradient, and an optimizer that follows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from accelerando.errors import Reason, RefusalError
+from accelerando.signature import Signature, flatten
+from accelerando.train.course import Course
+from accelerando.train.loss import aim_of
+from accelerando.train.pace import Pace
+from accelerando.train.rows import Batch, Rows, looks_like_image, shifted
+from accelerando.train.teacher import Teacher
+from accelerando.train.weights import Zeros
+from accelerando.workload import Lessons
+
+CLIP = 4.0  # times the usual norm of the gradient
+LEAST_BATCH = 4
+DECAY = {"adamw": 0.01, "sgd": 5e-4}  # of weights, not of biases and norms
+
+
+class Practice:
+    """A student, and what its steps need.
+
+    Args:
+        student: our own copy of the module, whose parameters may be changed.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        student: Any,
+        signature: Signature,
+        lessons: Lessons,
+        teacher: Teacher,
+        course: Course,
+        clock: Callable[[], float],
+    ) -> None:
+        import torch
+
+        self._student, self._signature, self._teacher = student, signature, teacher
+        self._course, self._clock = course, clock
+        self._images = any(type(m).__name__ == "Conv2d" for m in student.modules())
+        if self._images:
+            student.to(memory_format=torch.channels_last)
+        self._augment, self._zeros = lessons.augment, Zeros(student)
+        self.rows = Rows(lessons.train, Pace().batch, seed=0)
+        batch = self.rows.draw()
+        taught = teacher.answers(batch)
+        self.aim = aim_of(signature, teacher.floats, lessons.metric, lessons.loss, course, taught, batch.targets)
+        still = self.aim.meaning != "numbers" and all(x.dim() <= 2 for x in taught)  # else places in it would move
+        self._shifts = still and sum(map(looks_like_image, batch.inputs)) == 1
+        self._bf16 = False
+        self.restart()
+
+    def restart(self) -> None:
+        """Go on from the student's weights as they are, with an optimizer that has no past."""
+        self._optimizer = _optimizer(self._student, self._course.optimizer)
+        self._norm = 0.0
+        self.steps = 0  # since then
+
+    def advance(self, rate: float) -> tuple[float, int]:
+        """Draw a batch and make a step: the loss before it, NaN where it could not be made, and the rows.
+
+        Where the step does not fit into memory, the batch is halved from then on.
+
+        Raises:
+            RefusalError: OUT_OF_MEMORY, or UNSUPPORTED: the module can't be trained.
+        """
+        while True:
+            try:
+                batch = self.rows.draw()
+                taught, start = self._taught(batch), self._clock()
+                loss = self._step(batch, taught, rate)
+                self._each = (self._clock() - start) / len(batch)
+            except RefusalError:
+                raise
+            except Exception as error:
+                self._optimizer.zero_grad()
+                if not _is_of_memory(error):
+                    what = f"{type(error).__name__}: {str(error)[:300]}"
+                    raise RefusalError(Reason.UNSUPPORTED, f"it can't be trained: {what}") from error
+                self._halve_batch(error)
+            else:
+                self.steps += 1
+                return loss, len(batch)
+
+    def seconds_of(self, pace: Pace) -> float:
+        """What a step takes at a pace, without the teacher's time; it moves no weight but statistics of the data.
+
+        Raises:
+            RefusalError: as `advance`.
+        """
+        self.keep(pace)
+        self.advance(0.0)
+        return self._each * pace.batch
+
+    def keep(self, pace: Pace) -> None:
+        """Make steps at this pace."""
+        import torch
+
+        torch.set_num_threads(pace.threads)
+        self._bf16, self.rows.batch = pace.bf16, pace.batch
+
+    def call(self, inputs: tuple[Any, ...]) -> Any:
+        """The student's answer to flat inputs."""
+        import torch
+
+        if self._images:
+            inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+        args, kwargs = self._signature.call(inputs)
+        return self._student(*args, **kwargs)
+
+    def _taught(self, batch: Batch) -> list[Any]:
+        """What the teacher says of the rows as they are, before they are varied."""
+        return self._teacher.answers(batch) if self.aim.asks else []
+
+    def _step(self, batch: Batch, taught: list[Any], rate: float) -> float:
+        import torch
+
+        for group in self._optimizer.param_groups:
+            group["lr"] = rate
+        self._student.train()
+        self._optimizer.zero_grad()
+        inputs = self._varied(batch.inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            answer = self.call(inputs)
+        leaves, _ = flatten(answer)
+        loss = self.aim(answer, [leaves[i] for i in self._teacher.floats], taught, batch.targets)
+        found = float(loss.detach())
+        if not math.isfinite(found):
+            return math.nan
+        loss.backward()
+        if not self._clip():
+            return math.nan
+        self._optimizer.step()
+        with torch.no_grad():
+            self._zeros.restore()
+        return found
+
+    def _varied(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The inputs, augmented in the owner's way or in ours.
+
+        Raises:
+            RefusalError: UNSUPPORTED: the owner's way raised, or gives something else.
+        """
+        if self._augment is None:
+            return shifted(inputs) if self._shifts else inputs
+        try:
+            varied = tuple(self._augment(inputs))
+        except Exception as error:
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            raise RefusalError(
+                Reason.UNSUPPORTED, f"augment= failed: {what}; it must take a tuple of tensors"
+            ) from error
+        wanted, got = ([(str(x.dtype), tuple(x.shape)) for x in some] for some in (inputs, varied))
+        if wanted != got:
+            raise RefusalError(Reason.UNSUPPORTED, f"augment= was given {wanted} and gave {got}, but must keep them")
+        return varied
+
+    def _clip(self) -> bool:
+        """Cut a gradient that is far longer than usual; whether it is finite.
+
+        The usual length is a running average: no constant would suit every loss (Brock et al. 2021 have the like).
+        """
+        import torch
+
+        gradients = [p.grad for p in self._student.parameters() if p.grad is not None]
+        norm = float(torch.nn.utils.get_total_norm(gradients))
+        if not math.isfinite(norm):
+            return False
+        if self._norm and norm > CLIP * self._norm:
+            for gradient in gradients:
+                gradient.mul_(CLIP * self._norm / norm)
+            norm = CLIP * self._norm
+        self._norm = 0.9 * self._norm + 0.1 * norm if self._norm else norm
+        return True
+
+    def _halve_batch(self, error: Exception) -> None:
+        if self.rows.batch <= LEAST_BATCH:
+            raise RefusalError(
+                Reason.OUT_OF_MEMORY, f"a training step of {self.rows.batch} rows does not fit into memory"
+            ) from error
+        self.rows.batch //= 2
+
+
+def _optimizer(student: Any, name: str) -> Any:
+    import torch
+
+    parameters = [p for p in student.parameters() if p.requires_grad]
+    if not parameters:
+        raise RefusalError(Reason.NOTHING_TO_DO, "it has no parameters that could learn")
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY[name]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    groups = [g for g in groups if g["params"]]
+    fused = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
+    if name == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=fused)
+    return torch.optim.AdamW(groups, lr=0.0, fused=fused)
+
+
+def _is_of_memory(error: Exception) -> bool:
+    if isinstance(error, MemoryError):
+        return True
+    words = str(error).lower()
+    return isinstance(error, RuntimeError) and any(
+        w in words for w in ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
+    )
