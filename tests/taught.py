@@ -37,7 +37,7 @@ class Case:
     model: Model
     lessons: Lessons
 
-    def cut(self, keep: int = 16) -> nn.Module:
+    def cut(self, keep: int = 24) -> nn.Module:
         """A copy with the first units of its hidden layer alone: poor, but not random."""
         module = copy.deepcopy(self.model.content)
         first, last = module[0], module[-1]

@@ -285,6 +285,17 @@ def test_a_bundle_with_a_cascade_serves_without_torch_the_search_or_a_technique(
     assert done.stdout.strip() == ""
 
 
+def test_the_versions_of_what_its_members_use_bear_on_a_cascade(tmp_path: Path) -> None:
+    rung = Recipe((), Cascade.of(SINGLE, PLAIN, "margin", 0.9))
+    here = Machine.look()
+    elsewhere = replace(here, versions=tuple({**dict(here.versions), "onnxruntime": "1", "torch": "1"}.items()))
+    content = linear(tmp_path / "m" / "model.onnx")
+    write_bundle(tmp_path / "b", recipes=[PLAIN, rung], content=content, machine=elsewhere)
+    with pytest.warns(accelerando.MachineWarning, match=r"onnxruntime") as warned:
+        accelerando.load(tmp_path / "b").close()
+    assert "torch" not in str(warned[0].message)
+
+
 def test_a_member_whose_backend_is_not_here_costs_its_rung_alone(tmp_path: Path) -> None:
     rung = Recipe((), Cascade.of(SINGLE, PLAIN, "margin", 0.9))
     bundle = write_bundle(tmp_path / "b", recipes=[PLAIN, rung], content=linear(tmp_path / "m" / "model.onnx"))

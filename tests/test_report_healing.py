@@ -1,4 +1,4 @@
-"""What the reports tell of shapes and lessons: names, the story of each rung, shapes that were only measured, advice."""
+"""What the reports tell of shapes and lessons: names, the story of each rung, what was only measured, advice."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from reported import (
     CASCADE,
@@ -142,6 +142,7 @@ def test_what_no_step_said_is_told_by_its_name() -> None:
     assert told[-1] == ("healed", "to 89.0 % by 2 lessons, 8 min")  # as planned
 
 
+@settings(max_examples=12)
 @given(st.lists(st.text(), max_size=6))
 def test_no_log_breaks_a_story(log: list[str]) -> None:
     wild = ("distil: curve ", "distil: curve 1:x nan:2 3:nan 4:5", "drop_layers: ", *log)
@@ -265,8 +266,9 @@ def untaught(goal: str, detail: str = NO_DATA, **changed: Any) -> tuple[str, ...
 def test_what_training_data_would_make_possible_is_said_with_the_bound() -> None:
     said = [line for line in untaught("speedup >= 20, drop <= 1%") if line.startswith("train=")]
     assert said == [
-        "train=: speedup >= 20 is out of reach without training (6.03x is the most that keeps the quality); with train= "
-        "the model could be cut and healed: rows like those of data=, with labels or without, some thousands are good"
+        "train=: speedup >= 20 is out of reach without training (6.03x is the most that keeps the quality); with "
+        "train= the model could be cut and healed: rows like those of data=, with labels or without, some thousands "
+        "are good"
     ]
 
 

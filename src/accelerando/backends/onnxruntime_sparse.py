@@ -123,7 +123,8 @@ class _Sparse(Runner):
                 f"{', '.join(names)} and gives {len(signature.outputs)}",
             )
         self._inputs = [(names.index(n), n, np.dtype(signature.inputs[names.index(n)].dtype)) for n in taken]
-        self._run, self._held = session.run, []
+        self._run = session.run
+        self._held: list[tuple[Array, ...]] = []
         self._matrices = {name: self._value(matrix) for name, matrix in matrices.items()}
 
     def _value(self, matrix: Compressed) -> Any:

@@ -7,6 +7,7 @@ from xml.etree.ElementTree import Element
 
 from accelerando.report import sections, words
 from accelerando.report.elements import Child, el, fine, table
+from accelerando.report.fronts import tail_of
 from accelerando.report.healing import MOST_SHAPES, Chapter, Healing, timed
 from accelerando.report.plots import MOST_CURVES, Figure, said
 from accelerando.report.story import Story
@@ -114,13 +115,14 @@ def measured(story: Story) -> Element | None:
     for shape in story.shapes[:MOST_SHAPES]:
         evidence = shape.trial.evidence
         fell = fine(words.quality(evidence.metric, evidence.quality.mid)) if evidence else "not scored"
-        cut = el("span", fine(", ".join(words.front(shape.front))), el("small", fine(words.recipe(shape.trial.recipe))))
+        behind = f"with {words.recipe(tail_of(shape.trial.recipe))}"
+        cut = el("span", fine(", ".join(words.front(shape.front))), el("small", fine(behind)))
         rows.append([cut, sections.interval(shape.speedup, words.times), fell, shape.became])
     rest = len(story.shapes) - MOST_SHAPES
     return sections.section(
         "shapes", "Shapes that were measured",
         "Speed hardly depends on the weights: a cut is timed first, and only what is fast enough is worth a lesson.",
-        table(["cut", "speedup", f"{story.metric} before healing", "became"], rows, "Shapes before healing",
+        table(["cut", "speedup", "before healing", "became"], rows, "Shapes before healing",
               frozenset({1, 2})),
         el("p", f"and {rest} more; the journal holds them all.", class_="note") if rest > 0 else None,
     )  # fmt: skip

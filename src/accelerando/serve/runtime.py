@@ -206,7 +206,9 @@ def _order(bundle: Bundle) -> Iterable[int]:
 
 def _differences(bundle: Bundle, rung: Rung) -> list[str]:
     """What of this machine bears on a rung: not the versions of libraries that it does not use."""
-    idle = set(PACKAGES) - set(rung.recipe.backend.needs)
+    backend = rung.recipe.backend
+    used = [backend, *(member.backend for member in getattr(backend, "stored_members", ()))]
+    idle = set(PACKAGES).difference(*(b.needs for b in used))
     return [row for row in bundle.differences() if row.partition(":")[0] not in idle]
 
 

@@ -26,13 +26,22 @@ def fft_layer(conv: Any, plan: Plan) -> Any:
     flat = conv.weight.ndim == 3
     groups, blocks, half = conv.groups, plan.blocks, plan.half
     inputs, outputs = conv.in_channels // groups, conv.out_channels // groups
-    mixes = inputs > 1  # each frequency is a small matrix product then
+    channels, mixes = conv.in_channels, inputs > 1  # each frequency is a small matrix product then
     stride, words = conv.stride, f"{conv}, by FFT of {plan}"
     span = [d * (k - 1) + 1 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
     edges = [int(n) for n in conv._reversed_padding_repeated_twice]
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
 
     class FftLayer(nn.Module):
+        first: Any
+        second: Any
+        back_first: Any
+        back_second: Any
+        cosine: Any
+        sine: Any
+        kernel: Any
+        bias: Any
+
         def __init__(self, constants: dict[str, Any]) -> None:
             super().__init__()
             for name, constant in constants.items():
@@ -57,10 +66,10 @@ def fft_layer(conv: Any, plan: Plan) -> Any:
                 room = plan.rows * plan.columns - length
                 if room < 0:
                     raise ValueError(f"the input is {length} long with its padding, but {length + room} were planned")
-                return functional.pad(x, (0, room)).unflatten(-1, (1, plan.rows, plan.columns))
+                return functional.pad(x, (0, room)).reshape(-1, channels, 1, plan.rows, plan.columns)
             count = (length - span[-1] + hop) // hop  # never of a negative number: exporters round towards zero
             x = functional.pad(x, (0, (count + 1) * hop - length))
-            x = x.unflatten(-1, (count + 1, plan.fresh, plan.columns))
+            x = x.reshape(-1, channels, count + 1, plan.fresh, plan.columns)
             return torch.cat([x[:, :, :-1], x[:, :, 1:, : plan.overlap]], 3)
 
         def turn(self, x: Any) -> Any:
@@ -101,8 +110,8 @@ def fft_layer(conv: Any, plan: Plan) -> Any:
 
     matrices = {**_matrices(plan, flat, mixes), "kernel": _spectrum(conv, plan, flat, mixes)}
     constants = {k: torch.from_numpy(np.ascontiguousarray(m, dtype=np.float32)) for k, m in matrices.items()}
-    constants["bias"] = None if conv.bias is None else conv.bias.detach().clone().reshape(-1, *[1] * len(span))
-    return FftLayer(constants).eval()
+    bias = None if conv.bias is None else conv.bias.detach().clone().reshape(-1, *[1] * len(span))
+    return FftLayer({**constants, "bias": bias}).eval()
 
 
 def _matrices(plan: Plan, flat: bool, alternate: bool) -> dict[str, Array]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable
 from typing import Any
@@ -54,11 +53,11 @@ def _runs(layer: Any, x: Any) -> dict[str, Callable[[], Any]]:
         openvino = None
     if onnxruntime is None and openvino is None:
         return {"torch": lambda: layer(x)}
-    stream = io.BytesIO()
     try:
         with torch.no_grad():
-            torch.onnx.export(layer, (x,), dynamo=True, opset_version=OPSET, verbose=False).save(stream)
-        content, array, runs = stream.getvalue(), x.numpy(), dict[str, Callable[[], Any]]()
+            program = torch.onnx.export(layer, (x,), dynamo=True, opset_version=OPSET, verbose=False)
+        assert program is not None
+        content, array, runs = program.model_proto.SerializeToString(), x.numpy(), dict[str, Callable[[], Any]]()
         if onnxruntime is not None:
             session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
             feed = {session.get_inputs()[0].name: array}

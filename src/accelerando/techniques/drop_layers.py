@@ -22,7 +22,7 @@ from accelerando.workload import Form, Model, Samples, flat_module
 
 RANKS = ("greedy", "last")
 LEAST_ROWS, MOST_ROWS = 16, 128  # to rank with
-WORK = 5e11  # floating-point operations for a ranking: some 20 s on two cores
+WORK = 1e12  # floating-point operations for a ranking: some 15 s of one core
 GROUP = 4  # of so many blocks that are left, one goes before the others are measured again
 FAULTS = (AttributeError, IndexError, KeyError, TypeError, ValueError, RuntimeError, NotImplementedError)
 

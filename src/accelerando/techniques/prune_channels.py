@@ -44,7 +44,7 @@ class PruneChannels(Technique):
     """
 
     share: float = 0.5
-    importance: str = "magnitude"
+    importance: str = "taylor"
     everywhere: bool = True
 
     takes: ClassVar[Form] = Form.TORCH
@@ -60,7 +60,7 @@ class PruneChannels(Technique):
 
     @classmethod
     def choices(cls, model: Model, machine: Machine) -> Iterable[PruneChannels]:
-        return [cls(), cls(importance="taylor"), cls(everywhere=False)]
+        return [cls(), cls(importance="magnitude"), cls(everywhere=False)]
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
         if model.form is not Form.TORCH:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 WARM_UP = 0.08  # of the budget
 FRESH_STEPS = 20  # an optimizer without a memory, as after a resumption, begins gently
-LEAST_TRIALS, MOST_TRIALS = 24, 100  # steps of a range test
+LEAST_TRIALS, MOST_TRIALS = 24, 80  # steps of a range test
 SMOOTHING = 0.85
 
 # (first and last rate that is tried, least and greatest that is taken, the usual one)

@@ -38,7 +38,7 @@ PATIENCE, LAST_PHASE = 4, 0.8  # looks without a gain, and from when on they end
 SAY_SECONDS = 1.5
 BLOWN = 10.0  # times the loss at the beginning: it diverged
 FALLS = 2  # returns to the best weights before it is given up
-RANGE_TEST = 0.08  # of the time at most
+RANGE_TEST = 0.06  # of the time at most
 MOST_REMEMBERED, REMEMBERED = 1000, 0.05  # steps in the average of weights; as a share of all
 
 
