@@ -43,6 +43,8 @@ def _place_merger() -> Any:
     class MergePlaces(torch.nn.Module):
         """(n, before, width) -> (n, after, width): the mean of fixed groups of tokens."""
 
+        matrix: torch.Tensor
+
         def __init__(self, matrix: Any, sizes: Any) -> None:
             super().__init__()
             self.register_buffer("matrix", matrix)  # a buffer: whoever cuts channels must not take it for weights
@@ -58,6 +60,7 @@ def _place_merger() -> Any:
 
 
 def by_content(before: int, after: int, ends: tuple[int, int]) -> Any:
+    """Merge as many pairs per round as it takes; a round at most halves the tokens."""
     rounds, free, wanted = [], before - sum(ends), after - sum(ends)
     while free > wanted:
         now = max(wanted, free // 2)

@@ -101,7 +101,9 @@ def _free(group: Any, graph: Any) -> Hidden | None:
     """The hidden units of a group of coupled layers, if it is free to grow."""
     from torch_pruning.ops import OPTYPE
 
-    root, along, into = group[0].dep.target.module, [], []
+    root = group[0].dep.target.module
+    along: list[Any] = []
+    into: list[tuple[Any, Array]] = []
     units = _units(root)
     if OPTYPE(group[0].dep.target.type).name == "DEPTHWISE_CONV" or getattr(root, "groups", 1) > 1:
         return None

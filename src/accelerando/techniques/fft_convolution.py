@@ -20,9 +20,9 @@ from accelerando.techniques._fft_speed import fastest
 from accelerando.techniques._parity import answer_torch, ensure_same, first_lines, probes
 from accelerando.workload import Form, Model, Samples, flat_module
 
-# Smaller kernels are not even timed.  Measured with AVX-512, times faster than the best direct form: lines of 16,384 by
-# kernels of 64 on one channel 0.7, on 8 channels each by its own 9.6; images of 56 x 56 by 15 x 15 on 16 channels each by
-# its own 0.3, by 31 x 31 0.9; of 64 x 64 by 21 x 21 from 8 channels to 8 1.2, by 41 x 41 31.
+# Smaller kernels are not even timed.  With AVX-512, times faster than the best direct form: lines of 16,384 by
+# kernels of 64 on one channel 0.7, on 8 channels each by its own 9.6; images of 56 x 56 by 15 x 15 on 16 channels each
+# by its own 0.3, by 31 x 31 0.9; of 64 x 64 by 21 x 21 from 8 channels to 8 1.2, by 41 x 41 31.
 LEAST_LINE, LEAST_IMAGE = 32, 15 * 15
 MOST_SPAN = max(_fft_plan.COLUMNS) * _fft_plan.MOST_ROWS // 2
 
