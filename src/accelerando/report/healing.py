@@ -45,7 +45,7 @@ class Chapter:
     """Cuts that were made together and the lessons after them, and the trials that measured what came of each."""
 
     cuts: Front
-    said: tuple[str, ...]  # what each cut said that it took away
+    said: tuple[tuple[str, ...], ...]  # what each cut said of its work, first what it took away
     lessons: tuple[Lesson, ...]
     bare: Trial | None  # cut, and not healed yet
     healed: Trial | None
@@ -98,8 +98,8 @@ class Healing:
         metric, quality = self.evidence.metric, self.evidence.original_quality.mid
         lines = []
         for chapter in self.chapters:
-            if chapter.cuts:
-                lines.append(("cut", "; ".join(chapter.said) or ", ".join(words.front(chapter.cuts))))
+            for cut, said in zip(chapter.cuts, chapter.said, strict=True):
+                lines.append(("cut", said[0] if said else ", ".join(words.front([cut]))))
             if chapter.cuts and chapter.fell is not None:
                 speed = timed(chapter.bare) if chapter.bare else None
                 at = f", at {words.times(speed.mid)}" if speed else ""
@@ -164,7 +164,7 @@ def _chapters(recipe: Recipe, log: Sequence[str], fronts: Mapping[str, list[Tria
         middle, end = done + len(cuts), done + len(cuts) + len(lessons)
         bare = _like(recipe, fronts.get(front_key(front[:middle]), ())) if cuts else None
         healed = _like(recipe, fronts.get(front_key(front[:end]), ())) if lessons else None
-        taken = tuple(line for lines in said[done:middle] for line in lines)
+        taken = tuple(map(tuple, said[done:middle]))
         learned = tuple(_lesson(s, lines) for s, lines in zip(lessons, said[middle:end], strict=True))
         made.append(Chapter(cuts, taken, learned, bare, healed))
         done = end

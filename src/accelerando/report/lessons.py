@@ -36,8 +36,9 @@ def _told(story: Story, healing: Healing) -> list[Element]:
     rows: list[list[Child]] = []
     for chapter in healing.chapters:
         if chapter.cuts:
+            told = (el("small", fine(line)) for lines in chapter.said for line in lines)
             rows.append([
-                el("span", fine(", ".join(words.front(chapter.cuts))), *(el("small", fine(s)) for s in chapter.said)),
+                el("span", fine(", ".join(words.front(chapter.cuts))), *told),
                 _speed(chapter, healed=False), *_quality(metric, chapter.fell, before),
             ])  # fmt: skip
         before = chapter.fell if chapter.cuts and chapter.fell is not None else before
