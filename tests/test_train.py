@@ -54,7 +54,7 @@ def digits(digits_net: tuple[nn.Module, np.ndarray, np.ndarray], tmp_path: Path)
 def test_a_net_that_was_cut_is_healed(digits: Case) -> None:
     poor = digits.cut()
     before = digits.value(poor)
-    taught = digits.taught(poor, replace(BRIEF, learning_rate=0.0))
+    taught = digits.taught(poor, replace(BRIEF, seconds=15, learning_rate=0.0))
     after = digits.value(taught.module)
     assert before < 0.6
     assert after > 0.85

@@ -15,7 +15,7 @@ from accelerando.recipe import Recipe
 from accelerando.report import words
 from accelerando.report.fronts import front_of, heals
 from accelerando.report.healing import Healing, Shape, healings, lessons_of, only_measured, shapes, taught_seconds
-from accelerando.report.way import Leg, Seen, way
+from accelerando.report.way import Leg, Seen, way_to
 from accelerando.trial import Evidence, Refused, Trial
 
 
@@ -158,7 +158,7 @@ class Story:
     @cached_property
     def way(self) -> tuple[Leg, ...]:
         """The way from the original to the best."""
-        return way(self.seen, self.original.recipe, self.best.recipe)
+        return way_to(self.seen, self.original.recipe, self.best.recipe)
 
     @cached_property
     def healings(self) -> tuple[Healing, ...]:

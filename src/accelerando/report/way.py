@@ -70,7 +70,7 @@ class Leg:
         return f"{'+' if self.regained > 0 else ''}{words.difference(metric, self.regained)}{unit}"
 
 
-def way(seen: Sequence[Seen], original: Recipe, best: Recipe) -> tuple[Leg, ...]:
+def way_to(seen: Sequence[Seen], original: Recipe, best: Recipe) -> tuple[Leg, ...]:
     """The way to the best, over measured recipes only.
 
     A simpler variant of the best is a recipe whose parts are all parts of the best: steps, backend and settings, the

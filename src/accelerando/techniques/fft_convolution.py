@@ -63,7 +63,7 @@ class FftConvolution(Technique):
         return RefusalError(
             Reason.NOTHING_TO_DO,
             f"no nn.Conv1d or nn.Conv2d has a kernel of {LEAST_LINE} numbers in a line, or {LEAST_IMAGE} in an area, "
-            "or more: with smaller ones the direct form was always faster",
+            "or more; smaller ones are not tried",
         )
 
     def apply(self, model: Model, data: Samples, folder: Path) -> Model:

@@ -53,6 +53,7 @@ class Practice:
         still = self.aim.meaning != "numbers" and all(x.dim() <= 2 for x in taught)  # else places in it would move
         self._shifts = still and sum(map(looks_like_image, batch.inputs)) == 1
         self._bf16 = False
+        self._last: tuple[Batch, list[Any]] | None = None
         self.restart()
 
     def restart(self) -> None:
@@ -61,18 +62,23 @@ class Practice:
         self._norm = 0.0
         self.steps = 0  # since then
 
-    def advance(self, rate: float) -> tuple[float, int]:
+    def advance(self, rate: float, again: bool = False) -> tuple[float, int]:
         """Draw a batch and make a step: the loss before it, NaN where it could not be made, and the rows.
 
         Where the step does not fit into memory, the batch is halved from then on.
+
+        Args:
+            again: take the batch of the step before, if it is not too large; the teacher need not be asked.
 
         Raises:
             RefusalError: OUT_OF_MEMORY, or UNSUPPORTED: the module can't be trained.
         """
         while True:
             try:
-                batch = self.rows.draw()
-                taught, start = self._taught(batch), self._clock()
+                if not again or self._last is None or len(self._last[0]) > self.rows.batch:
+                    batch = self.rows.draw()
+                    self._last = batch, self._taught(batch)
+                (batch, taught), start = self._last, self._clock()
                 loss = self._step(batch, taught, rate)
                 self._each = (self._clock() - start) / len(batch)
             except RefusalError:
@@ -94,7 +100,7 @@ class Practice:
             RefusalError: as `advance`.
         """
         self.keep(pace)
-        self.advance(0.0)
+        self.advance(0.0, again=True)
         return self._each * pace.batch
 
     def keep(self, pace: Pace) -> None:
