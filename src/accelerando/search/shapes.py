@@ -43,7 +43,7 @@ LEAST_STEP = 1.12  # less is not worth a lesson
 SLACK = 0.98  # speeds closer than this count as one
 AIM = 1.06  # how far beyond the wanted speed to cut, for a measurement may come out lower
 WINDOW = 1.12  # a shape this much faster than wanted was cut deeper than it need be
-WIDTH = 4  # shapes of the first level; later ones have half as many
+WIDTH, SECONDS_EACH = 4, 200  # shapes of the first level at most, if there is so much time for each; later half as many
 TRIES = 3  # cuts of one direction by which to meet a speed
 MOST_LESSONS = 3  # at a level that is not asked for; then a nearer one is tried
 LONGER = 3  # how many times longer the next lesson is
@@ -146,8 +146,7 @@ class _Shaping:
 
     def _measure(self, level: Level) -> Proposal | None:
         """A shape whose speed is still to be measured, if the level has too few and no lesson was given on it yet."""
-        width = WIDTH if not level.front else WIDTH // 2
-        shapes = self._shapes(level)
+        width, shapes = self._width(level), self._shapes(level)
         if len(shapes) >= width or any(self._lessons_after(front_of(t.recipe)) for t in shapes):
             return None
         for direction in self._directions(level, width):
@@ -161,6 +160,16 @@ class _Shaping:
                 continue
             return Proposal(recipe, f"how fast it is when cut, before it is healed; {level.target:.1f}x is wanted")
         return None
+
+    def _width(self, level: Level) -> int:
+        """How many shapes of a level are held against each other."""
+        width = min(WIDTH, max(2, round(self._whole / SECONDS_EACH)))
+        return width if not level.front else max(1, width // 2)
+
+    @property
+    def _whole(self) -> float:
+        """Seconds for exploring, those that are gone included."""
+        return self.budget.to_explore + self.budget.used
 
     def _shapes(self, level: Level) -> list[Trial]:
         """Measured, untrained cuts of a level that are fast enough: of each direction the slowest."""
@@ -255,7 +264,7 @@ class _Shaping:
 
     def _heal(self, level: Level) -> Proposal | None:
         """The next lesson of a level: a first one for each shape, then longer ones for the better half."""
-        shapes = self._shapes(level)[: WIDTH if not level.front else WIDTH // 2]
+        shapes = sorted(self._shapes(level), key=_drop)[: self._width(level)]  # what lost least will heal soonest
         if not shapes:
             return None
         first = self._first_lesson()
@@ -294,8 +303,7 @@ class _Shaping:
         return Proposal(taught, f"{why}, {seconds} s")
 
     def _first_lesson(self) -> int:
-        whole = self.budget.to_explore + self.budget.used
-        return int(min(max(whole * LESSON_SHARE, SHORTEST_LESSON), LONGEST_FIRST))
+        return int(min(max(self._whole * LESSON_SHARE, SHORTEST_LESSON), LONGEST_FIRST))
 
     def _lessons_after(self, front: Sequence[Technique]) -> list[Trial]:
         """The trials of a shape after its first lesson, its second, ...: with the tail that did best."""
