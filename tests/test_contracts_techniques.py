@@ -45,12 +45,31 @@ def broad() -> tuple[torch.nn.Module, Any]:
         return torch.nn.Sequential(torch.nn.Linear(512, 512)).eval(), contract.floats(40, 64, 512)
 
 
+class Tokens(torch.nn.Module):
+    """Reads the mean of its tokens: a model that may lose some of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, _ = layered()
+        self.head = torch.nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean(1))
+
+
+def read_by_mean() -> tuple[torch.nn.Module, Any]:
+    with torch.random.fork_rng(devices=()):
+        torch.manual_seed(0)
+        return Tokens().eval(), contract.floats(40, 6, 16)
+
+
 # Techniques that have nothing to do on the contract's own model, and what they are given instead.
 OWN: dict[str, Callable[[], tuple[Any, Any]]] = {
     "fft_convolution": long_kernel,
     "sparsify": wide,
     "drop_layers": layered,
     "low_rank": broad,
+    "merge_tokens": read_by_mean,
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -136,15 +137,13 @@ def test_without_a_speed_to_reach_the_ladder_is_climbed_step_by_step() -> None:
     free = max(shaped(t.recipe)[0] for t in trials if not front_of(t.recipe))
     beyond = [free, *(s for s in kept if s > 1.05 * free)]
     assert len(beyond) >= 3
-    assert all(after / before <= 1.7 for before, after in zip(beyond, beyond[1:], strict=False))
+    assert all(after / before <= 1.7 for before, after in itertools.pairwise(beyond))
 
 
 def test_a_later_level_is_cut_out_of_what_was_healed() -> None:
     trials, _ = search(FASTEST, seconds=3600)
     stages = [[s.stage for s in front_of(t.recipe)] for t in lessons(trials)]
-    assert any(
-        Stage.HEAL in order[: len(order) - 1 - order[::-1].index(Stage.SHAPE)] for order in stages if Stage.SHAPE in order
-    )
+    assert any((Stage.HEAL, Stage.SHAPE) in itertools.pairwise(order) for order in stages)
 
 
 def test_no_lesson_is_given_where_the_goal_is_met_without_one() -> None:

@@ -82,7 +82,7 @@ def _candidates(space: Space, history: History) -> list[Recipe]:
     for trial in ranked:
         for part in (*trial.recipe.steps, trial.recipe.backend):
             settings.setdefault(part.name, part)
-    for route in space.routes:
+    for route in (r for r in space.routes if r.stands_alone):
         borrowed = [settings.get(c[0].name, c[0]) for c in route.choices]
         for recipe in (route.default, route.recipe(borrowed)):  # type: ignore[arg-type]
             pool.setdefault(recipe.key, recipe)

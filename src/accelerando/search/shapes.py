@@ -41,9 +41,10 @@ from accelerando.trial import Evidence, Trial
 STEP = 1.5  # how much faster each level is than the one before, where speed is what is wanted
 LEAST_STEP = 1.12  # less is not worth a lesson
 SLACK = 0.98  # speeds closer than this count as one
-AIM = 1.06  # how far beyond the wanted speed to cut, for a measurement may come out lower
+AIM = 1.12  # how far beyond the wanted speed to cut: the low end of an interval must reach it
 WINDOW = 1.12  # a shape this much faster than wanted was cut deeper than it need be
 WIDTH, SECONDS_EACH = 4, 200  # shapes of the first level at most, if there is so much time for each; later half as many
+DEEPER = 2.0  # times that one cut of a direction may be deeper than the last: a gain in the noise says little
 TRIES = 3  # cuts of one direction by which to meet a speed
 MOST_LESSONS = 3  # at a level that is not asked for; then a nearer one is tried
 LONGER = 3  # how many times longer the next lesson is
@@ -244,7 +245,7 @@ class _Shaping:
         if nearest is not None:  # go on from what was measured in this very direction
             measured = sum(depth_of(s) for s in front_of(nearest.recipe)[len(level.front) :])
             gained = math.log(max(self._speed(nearest) / base, 1.02))
-            depth = measured * math.log(level.target / base) / gained
+            depth = measured * min(math.log(level.target / base) / gained, DEEPER)
         cut = tuple(
             steps[name].with_knobs(share=round(min(1 - math.exp(-depth * weight), MOST_SHARE), 3))
             for name, weight in direction.items()

@@ -36,6 +36,11 @@ class Route:
     def default(self) -> Recipe:
         return self.recipe([c[0] for c in self.choices])
 
+    @property
+    def stands_alone(self) -> bool:
+        """Whether it needs no shape before it: a backend made for certain shapes (`offers`) gains nothing by itself."""
+        return not self.default.backend.offers
+
     def neighbours(self, recipe: Recipe) -> Iterator[Recipe]:
         """The recipes that differ from one on this route in a single part."""
         parts: list[Plugin] = [*recipe.steps, recipe.backend]
