@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
@@ -292,6 +292,7 @@ def test_two_linear_layers_become_one_where_that_is_cheaper(tmp_path: Path) -> N
     biased=st.booleans(),
     gemm=st.lists(st.booleans(), min_size=4, max_size=4),
 )
+@example(widths=[2, 1, 2, 1], transposed=False, biased=False, gemm=[False] * 4)  # merged twice into one output
 def test_any_chain_of_linear_layers_stays_the_same_and_never_gets_dearer(
     widths: list[int], transposed: bool, biased: bool, gemm: list[bool], tmp_path_factory: pytest.TempPathFactory
 ) -> None:

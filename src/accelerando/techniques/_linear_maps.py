@@ -8,6 +8,7 @@ other, or before one without padding.  Products are taken in float64 and rounded
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -214,9 +215,11 @@ def _value(value: Any) -> Floats | None:
 
 
 def constant(graph: Any, name: str, array: Any) -> Any:
-    """A new constant of the graph."""
+    """A new constant of the graph, under this name or, where it is taken, the next."""
     import onnx_ir as ir
 
+    if name in graph.initializers:
+        name = next(new for i in itertools.count(2) if (new := f"{name}_{i}") not in graph.initializers)
     tensor = ir.tensor(np.ascontiguousarray(array), name=name)
     value = ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
     graph.register_initializer(value)
