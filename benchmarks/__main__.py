@@ -17,6 +17,7 @@ BENCHMARKS = {
     "spoken": ("benchmarks.cases", "a convnet on spectrograms of spoken digits, trained here, batch 1"),
     "sst2": ("benchmarks.cases", "a transformer on film reviews, trained here, batch 1"),
     "ett": ("benchmarks.cases", "a forecaster of a transformer's temperature, trained here, batch 1"),
+    "refresh": ("benchmarks.refresh", "the ViT's bundle with retrained weights, against the search that made it"),
     "fft": ("benchmarks.fft", "a long convolution by FFT against the direct form of every runtime"),
     "sparse": ("benchmarks.sparse", "products that skip zeros against dense ones, at 90, 95 and 99 % zeros"),
     "judge": ("benchmarks.judge", "how often the judge errs: equals called faster, planted losses missed"),

@@ -52,7 +52,7 @@ class History:
         seen = []
         for trial in self.last.values():
             speedup = trial.evidence.speedup if trial.evidence else getattr(trial.outcome, "speedup", None)
-            if speedup is not None:
+            if speedup is not None and not trial.recipe.backend.members:
                 error = spread((math.log(speedup.low), math.log(speedup.high)))
                 seen.append((trial.recipe, math.log(speedup.mid), error + 0.02))
         return Belief.learn(seen, SPEED)
@@ -61,7 +61,8 @@ class History:
     def drop(self) -> Belief:
         seen = []
         for trial in self.last.values():
-            if trial.evidence and not front_of(trial.recipe):  # what a cut loses says nothing of what follows it
+            cut = front_of(trial.recipe) or trial.recipe.backend.members  # what a cut loses says nothing of its tail
+            if trial.evidence and not cut:
                 drop = trial.evidence.relative_drop
                 seen.append((trial.recipe, drop.mid, spread((drop.low, drop.high)) + 5e-4))
         return Belief.learn(seen, DROP)
