@@ -99,6 +99,7 @@ def examine(
     answered: Callable[[Interval], bool] = lambda speedup: False,
     visit: Callable[[Arm], None] = lambda arm: None,
     seed: int = 0,
+    screen: Effort = SCREEN,
 ) -> Evidence:
     """Load a recipe's files in a fresh process, and measure speed, quality and memory against the original.
 
@@ -107,7 +108,7 @@ def examine(
     Args:
         subject: what to examine; the original itself is one.
         split: `select` or `certify`.
-        effort: of the long duel.
+        effort: of the long duel; `screen` of the short one before it.
         after_screen, after_scores: give the reason to stop, or None.
         answered: whether a speedup answers the question, so that the duel may end early.
         visit: called with the loaded arm when all is measured.
@@ -119,7 +120,7 @@ def examine(
     original = bench.original_arm
     with bench.arm(subject, split) as arm:
         cores = bench.machine.cores
-        rounds = duel(arm, original, SCREEN, cores=cores, seed=seed)
+        rounds = duel(arm, original, screen, cores=cores, seed=seed)
         peak = arm.peak_bytes()
         if refusal := after_screen(rounds):
             refusal.speedup = rounds.speedup
@@ -131,8 +132,8 @@ def examine(
         if refusal := after_scores(evidence):
             refusal.evidence, refusal.speedup = evidence, evidence.speedup
             raise refusal
-        if effort.most > SCREEN.most:
-            rounds += duel(arm, original, effort.after(SCREEN.most), cores=cores, seed=seed + 1, answered=answered)
+        if effort.most > screen.most:
+            rounds += duel(arm, original, effort.after(screen.most), cores=cores, seed=seed + 1, answered=answered)
             evidence = _evidence(subject, bench, split, rounds, scores, arm.load_seconds, peak)
         visit(arm)
     return evidence

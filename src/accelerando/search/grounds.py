@@ -17,13 +17,14 @@ from accelerando.goal import Goal, Outcome
 from accelerando.interval import Interval
 from accelerando.measure.arm import LOAD_SECONDS, Subject
 from accelerando.measure.bench import Bench, examine
-from accelerando.measure.rounds import RACE, SELECT, Rounds, contest
+from accelerando.measure.rounds import RACE, SCREEN, SELECT, Effort, Rounds, contest
 from accelerando.recipe import Artifact, File, Recipe, Stage
-from accelerando.search.history import LOSSLESS_DROP, Proposal
+from accelerando.search.history import LOSSLESS_DROP, Proposal, front_of
 from accelerando.search.workshop import Built, Workshop
 from accelerando.trial import Evidence, Refused, Trial, Verified, thin
 
 BUILD_SECONDS = 300.0  # a build that takes longer has hung, whatever the budget
+SHAPE_SCREEN = Effort(least=12, most=12, block_seconds=0.1)
 HOPE = 0.9  # a candidate that is under this share of the original's speed after the screen is turned away
 
 
@@ -208,7 +209,12 @@ def _examine(recipe: Recipe, artifact: Artifact, grounds: Grounds, history: tupl
         return best is not None and best.evidence is not None and speedup.high < best.evidence.speedup.low
 
     calls = replace(SELECT, calls=min(goal.samples_needed, 2000))
-    return examine(subject, bench, "select", calls, after_screen=too_slow, after_scores=too_bad, answered=lost)
+    front = front_of(recipe)
+    only_cut = bool(front) and front[-1].stage is Stage.SHAPE  # the screen is all that it gets, and much hangs on it
+    return examine(
+        subject, bench, "select", calls, after_screen=too_slow, after_scores=too_bad, answered=lost,
+        screen=SHAPE_SCREEN if only_cut else SCREEN,
+    )  # fmt: skip
 
 
 def _best_lossless(history: tuple[Trial, ...]) -> Trial | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 
 from accelerando.errors import Reason
 from accelerando.goal import QUANTILES, Goal
@@ -56,6 +57,11 @@ class History:
                 error = spread((math.log(speedup.low), math.log(speedup.high)))
                 seen.append((trial.recipe, math.log(speedup.mid), error + 0.02))
         return Belief.learn(seen, SPEED)
+
+    @cached_property
+    def usual_seconds(self) -> float:
+        """What a call of the original takes: the median over all trials, for at times others' load slows it."""
+        return median(t.evidence.original_latency().mid for t in self.last.values() if t.evidence)
 
     @cached_property
     def drop(self) -> Belief:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
 
+from accelerando.errors import Reason
 from accelerando.goal import Goal, Outcome
 from accelerando.recipe import Recipe, Stage, Technique
 from accelerando.search.belief import share_of, spread
@@ -32,11 +33,10 @@ from accelerando.search.history import (
     asked_speedup,
     front_of,
     holds,
-    speed_of,
     tail_of,
 )
 from accelerando.search.space import Space
-from accelerando.trial import Evidence, Trial
+from accelerando.trial import Evidence, Refused, Trial
 
 STEP = 1.5  # how much faster each level is than the one before, where speed is what is wanted
 LEAST_STEP = 1.12  # less is not worth a lesson
@@ -110,22 +110,22 @@ class _Shaping:
             for t in self.history.verified
             if t.recipe.steps and not front_of(t.recipe) and t.recipe.backend.steady and holds(t.evidence, self.goal)
         ]
-        found.sort(key=lambda t: -speed_of(t.evidence))
+        found.sort(key=self._speed, reverse=True)
         kinds = {tuple(s.name for s in t.recipe.steps): t for t in reversed(found)}
-        firsts = sorted(kinds.values(), key=lambda t: -speed_of(t.evidence))
+        firsts = sorted(kinds.values(), key=self._speed, reverse=True)
         return firsts[:TAILS]
 
     def _level(self, step: float) -> Level | None:
         """Where to cut next: from the fastest that keeps its quality, to what is asked or a step further."""
         keeps = [t for t in self.history.verified if self._keeps(t.evidence) and t.recipe.backend.steady]
-        start = max(keeps, key=lambda t: speed_of(t.evidence), default=None)
-        base = max(speed_of(self.tails[0].evidence), speed_of(start.evidence) if start else 0.0)
+        start = max(keeps, key=self._speed, default=None)
+        base = max(self._speed(self.tails[0]), self._speed(start) if start else 0.0)
         front = front_of(start.recipe) if start and front_of(start.recipe) else ()
         if self.goal.wants_speed:
             most = base * step**2 / AIM * SLACK if step < STEP else math.inf
             return Level(front, base, base * step, most) if step >= LEAST_STEP else None
         free = [t for t in keeps if not front_of(t.recipe)]
-        base = max((speed_of(t.evidence) for t in [*free, self.tails[0]]), default=1.0)
+        base = max(map(self._speed, [*free, self.tails[0]]))
         asked = self._asked()
         return Level((), base, asked * AIM) if base < asked else None
 
@@ -205,15 +205,21 @@ class _Shaping:
         return self._fast_enough(trial, level) and self._speed(trial) <= level.target * WINDOW
 
     def _speed(self, trial: Trial) -> float:
-        """The speedup as far as it was measured; 0.0 where it was not."""
-        if trial.evidence:
-            return trial.evidence.speedup.mid
-        speedup = getattr(trial.outcome, "speedup", None)
-        return speedup.mid if speedup else 0.0
+        """The speedup as far as it was measured, 0.0 where it was not: by the ratio or by the clock, whichever is less.
+
+        Others' load slows the original, which has all cores, far more than a small model on one: in such minutes the
+        ratio is too good.
+        """
+        if trial.evidence is None:
+            speedup = getattr(trial.outcome, "speedup", None)
+            return speedup.mid if speedup else 0.0
+        return min(trial.evidence.speedup.mid, self.history.usual_seconds / trial.evidence.latency().mid)
 
     def _directions(self, level: Level, count: int) -> list[Direction]:
         """Single techniques first, then mixtures; in later levels, what healed best first."""
+        useless = {t.recipe.steps[len(level.front)].name for t in self.history.last.values() if self._nothing(t, level)}
         names = [s.name for s in self.space.shapes if share_of(s) is not None and self._tail_for(s)]
+        names = [name for name in names if name not in useless]
         singles: list[Direction] = [{name: 1.0} for name in names]
         known = self._healed_directions()
         if level.front and known:
@@ -222,6 +228,12 @@ class _Shaping:
         mixed = mixtures([n for n in names if not self._class(n).wants], known, count)
         return [*singles[: max(count, len(names))], *mixed]
 
+    def _nothing(self, trial: Trial, level: Level) -> bool:
+        """Whether the first cut into a level's front was refused: that technique has nothing to do there."""
+        outcome = trial.outcome
+        refused = isinstance(outcome, Refused) and outcome.reason in (Reason.NOTHING_TO_DO, Reason.UNSUPPORTED)
+        return refused and self._is_cut(trial, level) and getattr(outcome, "step", None) == len(level.front)
+
     def _healed_directions(self) -> list[tuple[Direction, float]]:
         """Directions whose shapes had a lesson, and the relative drop after it per gain in log speed."""
         found = []
@@ -229,7 +241,7 @@ class _Shaping:
             front = front_of(trial.recipe)
             if trial.evidence is None or not front or front[-1].stage is not Stage.HEAL:
                 continue
-            gained = math.log(max(trial.evidence.speedup.mid / speed_of(self.tails[0].evidence), 1.05))
+            gained = math.log(max(self._speed(trial) / self._speed(self.tails[0]), 1.05))
             found.append((direction_of(front), trial.evidence.relative_drop.mid / gained))
         return found
 
@@ -296,8 +308,9 @@ class _Shaping:
         seconds = min(seconds, int(self.budget.to_explore - around))
         if seconds < SHORTEST_LESSON:
             return None
-        lesson = self.space.healers[0].with_knobs(seconds=seconds)
-        front = front_of(recipe)
+        front, lesson = front_of(recipe), self.space.healers[0].with_knobs(seconds=seconds)
+        if front[-1].stage is Stage.HEAL and "quantized" in lesson.knobs:  # it can do it again: now with fewer bits
+            lesson = lesson.with_knobs(quantized=any(s.stage is Stage.QUANTIZE for s in recipe.steps))
         taught = Recipe((*front, lesson, *recipe.steps[len(front) :]), recipe.backend)
         if any(map(partial(_goes_on, front), self.history.last.values())) or self.history.doomed(taught):
             return None
@@ -345,10 +358,10 @@ class _Shaping:
             return None
         if self._keeps(best.evidence) and best.evidence.relative_drop.mid <= LOSSLESS_DROP:
             return None
-        front, mine = front_of(best.recipe), speed_of(self._tail_trial(best).evidence)
+        front, mine = front_of(best.recipe), self._speed(self._tail_trial(best))
         for tail in self.tails:
             recipe = replace_front(tail.recipe, front)
-            expected = speed_of(best.evidence) * speed_of(tail.evidence) / mine
+            expected = self._speed(best) * self._speed(tail) / mine
             if recipe.key in self.history.last or expected < level.target / AIM * 0.95:
                 continue
             if self.history.seconds(tail.recipe) < self.budget.to_explore and not self.history.doomed(recipe):

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 BATCHES = (256, 128, 64, 32, 16)
 TRIAL_BATCH = 64
 LEAST_EPOCH = 20  # steps of an epoch, else the batch is too large for the data
-LEAST_STEPS = 600  # of the whole budget, else the batch is too large for the time
+LEAST_STEPS = 250  # of the whole budget, else the batch is too large for the time
 TRIALS = 0.1  # of the budget
 PAYS = 0.95  # of the time of the usual way: what is less clear is noise
 

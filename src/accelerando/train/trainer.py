@@ -32,7 +32,7 @@ from accelerando.train.weights import Average, Weights, fit, live_weights, put, 
 from accelerando.workload import Lessons
 
 SEED = 0
-LOOKS = 12  # over the budget, where looking is cheap
+LOOKS = 8  # over the budget, where looking is cheap
 LOOKING = 0.1  # of the time at most
 PATIENCE, LAST_PHASE = 4, 0.8  # looks without a gain, and from when on they end the lesson
 SAY_SECONDS = 1.5
