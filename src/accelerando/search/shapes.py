@@ -45,7 +45,7 @@ AIM = 1.12  # how far beyond the wanted speed to cut: the low end of an interval
 WINDOW = 1.12  # a shape this much faster than wanted was cut deeper than it need be
 WIDTH, SECONDS_EACH = 4, 200  # shapes of the first level at most, if there is so much time for each; later half as many
 DEEPER = 2.0  # times that one cut of a direction may be deeper than the last: a gain in the noise says little
-TRIES = 3  # cuts of one direction by which to meet a speed
+TRIES = 4  # cuts of one direction by which to meet a speed
 MOST_LESSONS = 3  # at a level that is not asked for; then a nearer one is tried
 LONGER = 3  # how many times longer the next lesson is
 LESSON_SHARE = 1 / 20  # of the time to explore: the first lesson of a shape
@@ -205,7 +205,13 @@ class _Shaping:
         return self._fast_enough(trial, level) and self._speed(trial) <= level.target * WINDOW
 
     def _speed(self, trial: Trial) -> float:
-        """The speedup as far as it was measured, 0.0 where it was not: by the ratio or by the clock, whichever is less.
+        """The speedup as far as it was measured, 0.0 where it was not; for a cut, what it was after its lessons too."""
+        front, tail = front_of(trial.recipe), tail_of(trial.recipe)
+        taught = self._lessons_after(front) if front and front[-1].stage is Stage.SHAPE else []
+        return min([self._own_speed(trial), *(self._own_speed(t) for t in taught if tail_of(t.recipe) == tail)])
+
+    def _own_speed(self, trial: Trial) -> float:
+        """By the ratio or by the clock, whichever is less.
 
         Others' load slows the original, which has all cores, far more than a small model on one: in such minutes the
         ratio is too good.
