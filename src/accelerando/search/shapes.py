@@ -44,6 +44,7 @@ SLACK = 0.98  # speeds closer than this count as one
 AIM = 1.12  # how far beyond the wanted speed to cut: the low end of an interval must reach it
 WINDOW = 1.12  # a shape this much faster than wanted was cut deeper than it need be
 WIDTH, SECONDS_EACH = 4, 200  # shapes of the first level at most, if there is so much time for each; later half as many
+CUTS_EACH = 2  # cuts that are measured for each shape that a level may have, where there is one at all
 DEEPER = 2.0  # times that one cut of a direction may be deeper than the last: a gain in the noise says little
 TRIES = 4  # cuts of one direction by which to meet a speed
 MOST_LESSONS = 3  # at a level that is not asked for; then a nearer one is tried
@@ -150,6 +151,8 @@ class _Shaping:
         width, shapes = self._width(level), self._shapes(level)
         if len(shapes) >= width or any(self._lessons_after(front_of(t.recipe)) for t in shapes):
             return None
+        if shapes and sum(self._is_cut(t, level) for t in self.history.last.values()) >= CUTS_EACH * width:
+            return None  # time for lessons
         for direction in self._directions(level, width):
             tried = self._cuts(level, direction)
             if any(self._in_window(t, level) for t in tried) or len(tried) >= TRIES:

@@ -50,7 +50,8 @@ def attention_of(original: Any) -> Any:
 def _linear(weight: Any, bias: Any) -> Any:
     from torch import nn
 
-    made = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias is not None, dtype=weight.dtype)
+    size = weight.shape[1], weight.shape[0], bias is not None
+    made = nn.utils.skip_init(nn.Linear, *size, dtype=weight.dtype)  # type: ignore[no-untyped-call]
     made.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
         made.bias = nn.Parameter(bias.detach().clone())
@@ -68,6 +69,10 @@ def _attention_class() -> type[Any]:
         Takes and gives what `torch.nn.MultiheadAttention` does.
         """
 
+        q: nn.Module
+        k: nn.Module
+        v: nn.Module
+        out: nn.Module
         in_proj_bias = in_proj_weight = None  # so that torch's encoder layers do not take their fused way
         _qkv_same_embed_dim = False
 

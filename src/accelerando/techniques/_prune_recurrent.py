@@ -62,19 +62,25 @@ def parts(layer: Any, side: str, reading: bool) -> Iterator[tuple[str, Callable[
     def placed(values: Any, first: int) -> Any:
         return pad(values, (first * width, states * width - first * width - len(values)))
 
+    def columns(first: int) -> Callable[[Any], Any]:
+        return lambda v: placed(v.sum(0), first)
+
+    def rows_and_columns(first: int) -> Callable[[Any], Any]:
+        return lambda v: placed(v.unflatten(0, (-1, width)).sum((0, 2)), first)
+
     for k, suffix in enumerate(_suffixes(layer)):
         if side == "in":
             if k < turns:
                 yield f"weight_ih_{suffix}", lambda v: v.sum(0)
             continue
         below = (k // turns - 1) * turns
-        yield f"weight_hh_{suffix}", lambda v, k=k: placed(v.sum(0), k)
+        yield f"weight_hh_{suffix}", columns(k)
         if below >= 0:
-            yield f"weight_ih_{suffix}", lambda v, below=below: placed(v.sum(0), below)
+            yield f"weight_ih_{suffix}", columns(below)
         if not reading:
             for kind in ("ih", "hh"):
                 name = f"weight_{kind}_{suffix}"
-                yield name, lambda v, k=k: placed(v.unflatten(0, (-1, width)).sum((0, 2)), k)
+                yield name, rows_and_columns(k)
 
 
 def _order(layer: Any, k: int) -> list[int]:
@@ -158,7 +164,7 @@ def _readers(model: Any, layer: Any, answer: Answer) -> list[Cut]:
             finally:
                 handle.remove()
         for name, before in still.items():
-            moved[name].append(tuple(_moved(watched[name], before, after[name]) for after in pair))  # type: ignore[arg-type]
+            moved[name].append(tuple(_moved(watched[name], before, after[name]) for after in pair))
     return [cut for name, pairs in moved.items() if (cut := _reader(name, watched[name], pairs, count))]
 
 
