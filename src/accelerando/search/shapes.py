@@ -214,15 +214,15 @@ class _Shaping:
         return min([self._own_speed(trial), *(self._own_speed(t) for t in taught if tail_of(t.recipe) == tail)])
 
     def _own_speed(self, trial: Trial) -> float:
-        """By the ratio or by the clock, whichever is less.
+        """Half way between the ratio and the clock, in logarithms.
 
-        Others' load slows the original, which has all cores, far more than a small model on one: in such minutes the
-        ratio is too good.
+        Others' load slows the original, which has all cores, more than a small model on one: in such minutes the
+        ratio is too good, and what the model takes against what the original usually takes is not good enough.
         """
         if trial.evidence is None:
             speedup = getattr(trial.outcome, "speedup", None)
             return speedup.mid if speedup else 0.0
-        return min(trial.evidence.speedup.mid, self.history.usual_seconds / trial.evidence.latency().mid)
+        return math.sqrt(trial.evidence.speedup.mid * self.history.usual_seconds / trial.evidence.latency().mid)
 
     def _directions(self, level: Level, count: int) -> list[Direction]:
         """Single techniques first, then mixtures; in later levels, what healed best first."""
