@@ -154,3 +154,8 @@ def front_of(recipe: Recipe) -> tuple[Technique, ...]:
 def tail_of(recipe: Recipe) -> Recipe:
     """What follows shaping and healing: lowering, quantizing, the backend."""
     return Recipe(recipe.steps[len(front_of(recipe)) :], recipe.backend)
+
+
+def drop_of(trial: Trial) -> float:
+    """The relative drop as it was measured; infinite where it was not."""
+    return trial.evidence.relative_drop.mid if trial.evidence else math.inf
