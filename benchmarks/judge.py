@@ -16,7 +16,7 @@ import numpy as np
 from accelerando.interval import paired_bootstrap, quantile_interval
 from accelerando.machine import Machine
 from accelerando.measure.child import Child
-from accelerando.measure.clock import time_block
+from accelerando.measure.clock import settle_on, time_block
 from accelerando.measure.rounds import SELECT, Effort, duel
 from benchmarks.results import record, table
 
@@ -40,7 +40,8 @@ def _prepare(size: int, slower: float) -> None:
     _work.append(answer)
 
 
-def _block(seconds: float) -> np.ndarray:
+def _block(seconds: float, core: int) -> np.ndarray:
+    settle_on(core)
     return time_block(_work[0], [()], seconds)
 
 
@@ -58,8 +59,8 @@ class Arm:
     def pid(self) -> int:
         return self.child.pid
 
-    def block(self, seconds: float, timeout: float) -> np.ndarray:
-        return self.child.call(_block, seconds, timeout=timeout)
+    def block(self, seconds: float, timeout: float, core: int = 0) -> np.ndarray:
+        return self.child.call(_block, seconds, core, timeout=timeout)
 
     def typical(self, block: np.ndarray) -> float:
         return float(np.median(block))

@@ -1,6 +1,7 @@
 """The judge for real, in fresh processes.  `scripts/bench judge` does the same with 200 duels and long blocks.
 
-With so few duels the bounds are those that an honest judge breaks once in a thousand runs of this test.
+With so few duels the bounds are those that an honest judge breaks once in a thousand runs of this test.  No other test
+runs beside it: the judge is on trial, and not what it makes of a machine that is busy with something else.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from benchmarks.judge import duels, losses
 SHORT = Effort(least=12, most=24, block_seconds=0.03)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_equals_are_hardly_ever_called_faster() -> None:
     assert sum(s.low > 1 for s in duels(30, 1.0, SHORT)) <= 6  # P(more of 30 at 5 %) < 0.001
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_what_is_slower_is_not_called_faster_and_what_is_thrice_as_slow_is_seen() -> None:
     assert sum(s.low > 1 for s in duels(10, 1.05, SHORT)) <= 1
-    assert sum(s.high < 1 for s in duels(10, 3.0, SHORT)) >= 5  # other tests run beside this one and may hide some
+    assert sum(s.high < 1 for s in duels(10, 3.0, SHORT)) >= 8
 
 
 def test_a_planted_loss_of_one_point_is_seen() -> None:

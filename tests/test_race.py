@@ -32,7 +32,7 @@ class Arm:
     def __exit__(self, *why: object) -> None:
         pass
 
-    def block(self, seconds: float, timeout: float) -> np.ndarray:
+    def block(self, seconds: float, timeout: float, core: int = 0) -> np.ndarray:
         if self.fate == "dies":
             self.alive = False
             raise RefusalError(Reason.CRASHED, "died of SIGSEGV")

@@ -12,7 +12,8 @@ import pytest
 from accelerando.interval import Interval
 from accelerando.measure import rounds as duel_module
 from accelerando.measure.clock import MIX_REPEATS, mix_seconds, time_mix
-from accelerando.measure.rounds import SELECT, Effort, Rounds, duel
+from accelerando.measure.rounds import CERTIFY, SELECT, Effort, Rounds, duel
+from accelerando.trial import LUCK
 
 
 @dataclass
@@ -37,7 +38,7 @@ class FakeArm:
     seconds: float
     pid: int = field(default_factory=os.getpid)
 
-    def block(self, seconds: float, timeout: float) -> np.ndarray:
+    def block(self, seconds: float, timeout: float, core: int = 0) -> np.ndarray:
         slow = self.world.step()
         return self.seconds * slow * np.exp(self.world.rng.normal(0, 0.05, size=20))
 
@@ -52,8 +53,8 @@ def fight(ratio: float, seed: int, effort: Effort = SELECT, swap: bool = False, 
     return duel(*arms, effort, cores=2, seed=seed, **options)
 
 
-def share(seeds: range, ratio: float, holds) -> float:
-    return float(np.mean([holds(fight(ratio, seed).speedup) for seed in seeds]))
+def share(seeds: range, ratio: float, holds, effort: Effort = SELECT) -> float:
+    return float(np.mean([holds(fight(ratio, seed, effort).speedup) for seed in seeds]))
 
 
 def test_an_equal_candidate_is_called_faster_in_at_most_one_duel_of_twenty() -> None:
@@ -61,7 +62,8 @@ def test_an_equal_candidate_is_called_faster_in_at_most_one_duel_of_twenty() -> 
 
 
 def test_a_planted_slowdown_of_five_percent_is_seen() -> None:
-    assert share(range(200), 0.95, lambda s: s.high < 1) >= 0.95
+    assert share(range(200), 0.95, lambda s: s.high < 1, CERTIFY) >= 0.95
+    assert share(range(200), 0.95, lambda s: s.high < 1) >= 0.85  # with the rounds that the search gives
 
 
 def test_the_interval_covers_the_truth() -> None:
@@ -80,7 +82,7 @@ def test_each_arm_goes_first_about_as_often() -> None:
     class Noting(FakeArm):
         name = ""
 
-        def block(self, seconds: float, timeout: float) -> np.ndarray:
+        def block(self, seconds: float, timeout: float, core: int = 0) -> np.ndarray:
             order.append(self.name)
             return super().block(seconds, timeout)
 
@@ -95,7 +97,7 @@ def test_sabotage_a_duel_that_swaps_its_arms_is_noticed(monkeypatch: pytest.Monk
     def swapped(candidate, original, *args, **kwargs):
         return duel(original, candidate, *args, **kwargs)
 
-    monkeypatch.setitem(globals(), "fight", lambda ratio, seed, **o: _fight_with(swapped, ratio, seed))
+    monkeypatch.setitem(globals(), "fight", lambda ratio, seed, *rest: _fight_with(swapped, ratio, seed))
     assert share(range(40), 0.95, lambda s: s.high < 1) < 0.95
 
 
@@ -117,13 +119,13 @@ def _fight_with(judge, ratio: float, seed: int) -> Rounds:
 
 def test_it_stops_early_when_the_interval_is_narrow() -> None:
     class Steady(FakeArm):
-        def block(self, seconds: float, timeout: float) -> np.ndarray:
+        def block(self, seconds: float, timeout: float, core: int = 0) -> np.ndarray:
             return np.full(20, self.seconds)
 
     world = World(np.random.default_rng(0))
     seen = duel(Steady(world, 1e-3), Steady(world, 2e-3), SELECT, cores=2)
     assert len(seen.rounds) == SELECT.least
-    assert seen.speedup == Interval(2.0, 2.0, 2.0, seen.speedup.confidence)
+    assert seen.speedup == Interval(2.0, 2.0, 2.0, seen.speedup.confidence).widened(LUCK)
 
 
 def test_it_stops_early_when_its_question_is_answered_and_goes_on_while_it_is_not() -> None:
@@ -156,7 +158,7 @@ class Moody(FakeArm):
 
     inputs: int = 48
 
-    def block(self, seconds: float, timeout: float) -> np.ndarray:
+    def block(self, seconds: float, timeout: float, core: int = 0) -> np.ndarray:
         rng, slow = self.world.rng, self.world.step()
         each = self.seconds * np.where(rng.random(self.inputs) < 0.1, 21.0, 1.0)
         others = np.where(rng.random((MIX_REPEATS, self.inputs)) < 0.005, 50.0, 1.0)  # somebody else's turn

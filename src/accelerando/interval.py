@@ -50,6 +50,10 @@ class Interval:
         a, m, b = function(self.low), function(self.mid), function(self.high)
         return Interval(min(a, m, b), m, max(a, m, b), self.confidence)
 
+    def widened(self, share: float) -> Interval:
+        """The interval with this share of each end added beyond it; for figures above 0."""
+        return Interval(self.low / (1 + share), self.mid, self.high * (1 + share), self.confidence)
+
     def to_json(self) -> dict[str, float]:
         return {"low": self.low, "mid": self.mid, "high": self.high, "confidence": self.confidence}
 

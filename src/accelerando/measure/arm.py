@@ -95,13 +95,13 @@ class Arm:
     def alive(self) -> bool:
         return self._child.alive
 
-    def block(self, seconds: float, timeout: float) -> Floats:
-        """Seconds of each call in one block.
+    def block(self, seconds: float, timeout: float, core: int = 0) -> Floats:
+        """Seconds of each call in one block, which begins on a core, counted round and round.
 
         What is `steady` goes round the same few batches.  What is not gets others in every block, until every row of
         the split has come; so which rows were drawn shows in how the rounds differ, and is in their interval.
         """
-        return self._child.call(_block, seconds, timeout=timeout)
+        return self._child.call(_block, seconds, core, timeout=timeout)
 
     def typical(self, block: Floats) -> float:
         """Seconds per call of a block."""
@@ -229,8 +229,9 @@ def _load(
     return taken
 
 
-def _block(seconds: float) -> Floats:
+def _block(seconds: float, core: int) -> Floats:
     loaded = _loaded[0]
+    clock.settle_on(core)
     if loaded.mix is None:
         return clock.time_block(loaded.run, loaded.batches, seconds)
     if not loaded.pace:

@@ -20,6 +20,18 @@ LONG_CALL = 2  # blocks: a call this long needs no company, and no warming up th
 MIX_REPEATS = 3
 
 
+def settle_on(core: int) -> None:
+    """Move this thread to a core, counted round and round; from there it may go where the system sends it.
+
+    A process that happened to be put on a core that others use is slow for as long as it sits there, which may be
+    longer than a duel: it would lose against itself.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        allowed = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, {sorted(allowed)[core % len(allowed)]})
+        os.sched_setaffinity(0, allowed)
+
+
 def time_block(run: Runner, batches: Sequence[Sequence[Array]], seconds: float, least: int = 2) -> Floats:
     """Seconds of each call in a block of about `seconds`, after at least one call and 5 ms to warm up.
 

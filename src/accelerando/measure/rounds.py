@@ -17,7 +17,7 @@ import numpy as np
 
 from accelerando.interval import Floats, Interval, median_interval
 from accelerando.measure.clock import Activity
-from accelerando.trial import FEW_ROUNDS
+from accelerando.trial import FEW_ROUNDS, LUCK
 
 LOOK_CONFIDENCE = 0.99
 
@@ -28,7 +28,7 @@ class Fighter(Protocol):
     @property
     def pid(self) -> int: ...
 
-    def block(self, seconds: float, timeout: float) -> Floats: ...
+    def block(self, seconds: float, timeout: float, core: int = 0) -> Floats: ...
 
     def typical(self, block: Floats) -> float:
         """Seconds per call of a block: its median, or what stands for all inputs where their times differ."""
@@ -79,7 +79,7 @@ class Rounds:
 
     @property
     def speedup(self) -> Interval:
-        return median_interval(self.rounds[:, 1] / self.rounds[:, 0])
+        return median_interval(self.rounds[:, 1] / self.rounds[:, 0]).widened(LUCK)
 
     def __add__(self, other: Rounds) -> Rounds:
         pairs = ((getattr(self, f), getattr(other, f)) for f in self.__dataclass_fields__)
@@ -135,7 +135,7 @@ def contest(
     while not over:
         before, figures = Activity.now(pids), [0.0] * len(arms)
         for i in rng.permutation(len(arms)):
-            block = arms[i].block(effort.block_seconds, effort.timeout)
+            block = arms[i].block(effort.block_seconds, effort.timeout, len(rows))  # all begin on the same core
             seconds[i].append(block)
             figures[i] = arms[i].typical(block)
         stolen.append(before.stolen_until(Activity.now(pids), cores))
