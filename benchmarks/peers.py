@@ -21,7 +21,7 @@ from accelerando.errors import RefusalError
 from accelerando.interval import Floats, Interval, median_interval, paired_bootstrap
 from accelerando.measure.arm import Arm, timed_batches
 from accelerando.measure.child import Child
-from accelerando.measure.clock import time_block
+from accelerando.measure.clock import settle_on, time_block
 from accelerando.metric import Metric
 from accelerando.signature import Signature, flatten, to_numpy
 from accelerando.workload import Form, Model, Samples, flat_module
@@ -181,7 +181,8 @@ def _prepare(name: str, model: Model, calibrate: Samples, rows: Samples, batch: 
         answer(b)
 
 
-def _block(seconds: float) -> np.ndarray:
+def _block(seconds: float, core: int) -> np.ndarray:
+    settle_on(core)
     return time_block(_ready[0].answer, _ready[0].batches, seconds)  # type: ignore[arg-type]
 
 
@@ -225,8 +226,8 @@ class Peer:
     def pid(self) -> int:
         return self._child.pid
 
-    def block(self, seconds: float, timeout: float) -> np.ndarray:
-        return self._child.call(_block, seconds, timeout=timeout)
+    def block(self, seconds: float, timeout: float, core: int = 0) -> np.ndarray:
+        return self._child.call(_block, seconds, core, timeout=timeout)
 
     def typical(self, block: np.ndarray) -> float:
         return float(np.median(block))
@@ -277,9 +278,10 @@ def contest(peers: Sequence[Peer], ours: Arm, rounds: int, seconds: float = 0.15
     rng = np.random.default_rng(0)
     arms: dict[str, Any] = {**{p.name: p for p in peers}, "ours": ours}
     table: dict[str, list[float]] = {name: [] for name in arms}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name in rng.permutation(list(arms)):
-            table[name].append(float(np.median(arms[name].block(seconds, 60.0))))
+            arm = arms[name]
+            table[name].append(arm.typical(arm.block(seconds, 60.0, number)))  # all begin a round on the same core
     return {name: np.array(values) for name, values in table.items()}
 
 

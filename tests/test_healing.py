@@ -100,7 +100,6 @@ def test_what_was_cut_is_healed_and_proven(case: Case, tmp_path: Path) -> None:
         for recipe in (where.original, cut(), cut(8)):
             trials += (attempt(Proposal(recipe, ""), where.grounds, trials, 600),)
         wounded, healed = trials[1], trials[2]
-        assert isinstance(wounded.outcome.evidence.relative_drop.mid, float)
         assert healed.verified is not None
         assert healed.evidence.relative_drop.mid < 0.05 < wounded.outcome.evidence.relative_drop.mid
         assert any(line.startswith("distil: curve 0:") for line in healed.log)

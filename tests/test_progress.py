@@ -153,6 +153,8 @@ def test_two_live_views_do_not_fight() -> None:
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     with Progress(None, console):
         story(Progress(None, console))
+    assert isinstance(console.file, io.StringIO)
+    assert console.file.getvalue()
 
 
 def test_quiet_is_quiet(capsys: pytest.CaptureFixture[str]) -> None:

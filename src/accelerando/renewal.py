@@ -17,7 +17,7 @@ from accelerando.errors import ModelError, UsageError
 from accelerando.machine import Machine
 from accelerando.metric import METRICS
 from accelerando.pipeline import must_run, need_extra, watcher_of
-from accelerando.plugins import recipe_from_json
+from accelerando.plugins import discover, recipe_from_json
 from accelerando.recipe import Recipe, Stage
 from accelerando.report.progress import Watcher
 from accelerando.result import Result
@@ -78,7 +78,7 @@ def refresh(
     if workload.train is None and any(_lesson_seconds(r) for r in recipes):
         raise UsageError("the bundle's recipes hold lessons, which need training data: give train=")
     allowance = Budget.parse(max(LEAST_BUDGET, BUDGET_SHARE * before.run["seconds"]) if budget is None else budget)
-    original = original_recipe(workload.model, _backends())
+    original = original_recipe(workload.model, discover("backends"))
     watcher = watcher_of(progress, allowance)
     with Site(into, workload, machine, before.goal, allowance, original, None, origin) as site, watcher:
         if site.finished is not None:
@@ -158,9 +158,3 @@ def _check_structure(before: Bundle, workload: Workload) -> None:
             "the new model is built otherwise than the one that was optimized (other layers, or other sizes), so its "
             "recipes may not fit; run accelerate (`accelerando optimize`) for it"
         )
-
-
-def _backends() -> Any:
-    from accelerando.plugins import discover
-
-    return discover("backends")
