@@ -14,7 +14,7 @@ HOUSE = Path(accelerando.__file__).parent
 # the nouns at the root, which are ordered among themselves by their own floors.
 FLOORS = {
     "pipeline": 7, "renewal": 7.5, "cli": 9, "result": 6.5, "demo": 8, "doctor": 7, "targets": 1,
-    "search": 6, "serve": 6,
+    "search": 6, "serve": 6, "server": 6.5, "model_repository": 6.5,
     "techniques": 5, "backends": 5, "profile": 5, "measure": 5, "report": 5, "train": 4,
     "bundle": 3, "manifest": 2.8, "parity": 2.2, "proof": 2.9, "disk": 2.2, "strict_json": 0.5,
     "ladder": 2.6, "goal": 2.6, "goal_text": 0.5, "trial": 2.4, "plugins": 2.2, "recipe": 2.1,

@@ -5,8 +5,14 @@
     │   ├── GoalError         a goal that does not parse, or contradicts itself
     │   ├── DataError         data or a metric that does not fit the model
     │   ├── ModelError        a model that can't be called, or that answers with NaN
+    │   ├── UnknownModelError a name that the server does not have
     │   └── MissingExtraError a package that this call needs is not installed
     ├── BundleError           a folder that can't be trusted; every way has a name in `BundleError.code`
+    ├── ServingError          a request that the runtime did not answer
+    │   ├── OverloadedError   refused at once: it could not have been answered in time, or the queue is full
+    │   ├── DeadlineError     its deadline passed while it waited
+    │   ├── RowsError         the model failed on its rows; other requests go on
+    │   └── ClosedError       the model is closed, or not loaded
     ├── BrokenPluginError     a technique or a backend that does not keep its contract
     └── RefusalError          raised inside a technique or a backend; `attempt` turns it into a `Refused` trial
 
@@ -39,6 +45,10 @@ class ModelError(UsageError):
     """A model that can't be called with the data, or whose own outputs are not finite."""
 
 
+class UnknownModelError(UsageError):
+    """A name or a version that the server does not have."""
+
+
 class MissingExtraError(UsageError):
     """A package is missing; the message holds the pip line that brings it."""
 
@@ -55,6 +65,26 @@ class BundleError(AccelerandoError):
 
     def __reduce__(self) -> tuple[type[BundleError], tuple[str, str]]:
         return BundleError, (self.code, self.message)
+
+
+class ServingError(AccelerandoError):
+    """A request that the runtime did not answer."""
+
+
+class OverloadedError(ServingError):
+    """Refused at once: no rung could have answered it in time, or the queue is full.  Try again later."""
+
+
+class DeadlineError(ServingError):
+    """Its deadline passed while it waited; nothing was computed for it."""
+
+
+class RowsError(ServingError):
+    """The model failed on these rows; requests that shared their batch were answered."""
+
+
+class ClosedError(ServingError):
+    """The model was closed, or is not loaded."""
 
 
 class BrokenPluginError(AccelerandoError):

@@ -1,0 +1,1 @@
+"""The server: governed models over the Open Inference Protocol."""
