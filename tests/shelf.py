@@ -117,7 +117,7 @@ class FakeServed:
         self.base = status or fake_status()
         self.asked: list[dict[str, object]] = []
         self.tickets: list[Ticket] = []
-        self.counts = {"answered": 0, "failed": 0, "cancelled": 0, "rows": 0}
+        self.counts = {"answered": 0, "failed": 0, "cancelled": 0, "rows": 0, "batches": 0}
         self._held: list[Ticket] = []
         self._lock = threading.Lock()
 
@@ -172,11 +172,11 @@ class FakeServed:
             return False
         try:
             answer = Answer(self.function(list(ticket.leaves)), dataclasses.replace(self.why, rows=ticket.rows))
-        except Exception as error:  # as the runtime does: one poisonous request must not end the thread
+        except Exception as error:  # noqa: BLE001  as the runtime does: one poisonous request must not end the thread
             self._count(failed=1)
             ticket.future.set_exception(error if isinstance(error, ServingError) else RowsError(str(error)))
         else:
-            self._count(answered=1, rows=ticket.rows)
+            self._count(answered=1, rows=ticket.rows, batches=1)
             ticket.future.set_result(answer)
         return True
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ModelError,
         Reason,
         RefusalError,
+        ServingError,
         UsageError,
     )
     from accelerando.goal import Goal
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from accelerando.pipeline import accelerate
     from accelerando.recipe import Backend, Recipe, Technique
     from accelerando.renewal import refresh
+    from accelerando.serve.governed import GovernedModel
     from accelerando.serve.runtime import FastModel, MachineWarning, load
 
     __version__: str
@@ -43,6 +45,7 @@ __all__ = [
     "FastModel",
     "Goal",
     "GoalError",
+    "GovernedModel",
     "Interval",
     "Machine",
     "MachineWarning",
@@ -51,6 +54,7 @@ __all__ = [
     "Reason",
     "Recipe",
     "RefusalError",
+    "ServingError",
     "Technique",
     "UsageError",
     "__version__",
@@ -67,9 +71,10 @@ _HOMES = {
     "Interval": "interval",
     "Machine": "machine",
     **dict.fromkeys(("Backend", "Recipe", "Technique"), "recipe"),
+    "GovernedModel": "serve.governed",
     **dict.fromkeys(("FastModel", "MachineWarning", "load"), "serve.runtime"),
     **dict.fromkeys(("AccelerandoError", "BundleError", "DataError", "GoalError", "MissingExtraError"), "errors"),
-    **dict.fromkeys(("ModelError", "Reason", "RefusalError", "UsageError"), "errors"),
+    **dict.fromkeys(("ModelError", "Reason", "RefusalError", "ServingError", "UsageError"), "errors"),
 }
 
 

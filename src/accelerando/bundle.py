@@ -29,7 +29,7 @@ from accelerando.machine import Machine, installed_version
 from accelerando.parity import PARITY_BYTES, Parity
 from accelerando.plugins import StoredBackend, stored_recipe
 from accelerando.proof import Finding, findings
-from accelerando.recipe import File, Runner
+from accelerando.recipe import File, Knob, Runner
 from accelerando.signature import Signature
 from accelerando.strict_json import Each, Maybe, Number, Open, canonical, check, parse
 from accelerando.trial import Trial
@@ -254,11 +254,12 @@ class Bundle:
         """How this machine differs from the one where the evidence was gathered; empty where it carries over."""
         return Machine.look().differences(self.machine)
 
-    def start(self, rung: Rung, model: Any = None) -> Runner:
+    def start(self, rung: Rung, model: Any = None, **knobs: Knob) -> Runner:
         """Load a rung in this process, after its files were checked byte by byte.
 
         Args:
             model: the original module, which rungs that are not portable need.
+            knobs: settings of the backend for this process, such as `spinning=False`; one that it lacks is left.
 
         Raises:
             MissingExtraError: its backend, or a package that the backend needs, is not installed.
@@ -279,6 +280,7 @@ class Bundle:
             )
         self.check_rung(rung)
         try:
+            backend = backend.with_knobs(**{k: v for k, v in knobs.items() if k in backend.knobs})
             return backend.load(rung.artifact, self.folder(rung), self.signature, model)
         except RefusalError:
             raise

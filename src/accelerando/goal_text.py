@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 import re
@@ -9,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 
-from accelerando.errors import GoalError
+from accelerando.errors import GoalError, UsageError
 
 TIME = {"us": Decimal("1e-6"), "ms": Decimal("1e-3"), "s": Decimal(1)}
 RATE = {"/s": Decimal(1)}
@@ -291,3 +292,20 @@ class _Reader:
         """The goal, a caret line under the token, and what is wrong."""
         carets = " " * token.start + "^" * max(1, token.end - token.start)
         return GoalError(f"the goal can't be read:\n\n    {self.text.rstrip()}\n    {carets}\n{what}")
+
+
+def amount(given: str | float, units: dict[str, Decimal], name: str) -> float:
+    """A number in base units, as it is or with a unit: 0.003, "3ms".
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if isinstance(given, str):
+        found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]+)\s*", given)
+        with contextlib.suppress(ArithmeticError):
+            if found and found[2] in units:
+                return float(Decimal(found[1]) * units[found[2]])
+    elif not isinstance(given, bool) and math.isfinite(given):
+        return float(given)
+    example = next(iter(units))
+    raise UsageError(f"{name} must be a number or a text such as '20{example}' ({', '.join(units)}), but got {given!r}")

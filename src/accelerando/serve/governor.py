@@ -6,7 +6,15 @@ model or keeps state, so the simulator runs the same code as the server.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
+
+from accelerando.errors import UsageError
+
+GLANCE = 16  # requests at the head of the queue that the governor looks at one by one; more change nothing
+UNHURRIED = 1.0  # seconds: what counts as the patience where no latency is asked for
 
 
 @dataclass(frozen=True)
@@ -46,11 +54,13 @@ class Signal:
         rows: rows in the queue.
         queue: the requests at the head of the queue, earliest deadline first: (seconds left until its deadline, its
             rows, the quality that it asks for at least).  At most `GLANCE` of them, then `rows` tells of the rest.
-        rate: rows that arrive per second, averaged over about half a second.
+        rate: rows that arrive per second while others run or wait, averaged over about half a second.  (A caller that
+            waits for each answer before it asks again is no load, however often it asks.)
         slowdown: how many times slower than its cost a call takes just now; 1 on a quiet machine.
         patience: seconds that an answer may take by the goal; infinite where no latency is asked for.
         bank: how far the mean quality of what was answered lies above what is asked for, times the rows counted;
             infinite where no mean quality is asked for.
+        asked: the mean quality that is asked for, oriented like `RungState.quality`.
     """
 
     now: float
@@ -60,6 +70,7 @@ class Signal:
     slowdown: float = 1.0
     patience: float = float("inf")
     bank: float = float("inf")
+    asked: float = float("-inf")
 
 
 @dataclass(frozen=True)
@@ -72,9 +83,277 @@ class Decision:
         rows: how many rows the next batch holds at most.
         since: when this rung was first stood on, seconds of the signal's clock.
         why: in words.
+        pressed: when this rung or a faster one was last all that could be afforded; climbing counts from then.
     """
 
     rung: int | None
     rows: int
     since: float
     why: str
+    pressed: float = float("-inf")
+
+
+class Decides(Protocol):
+    """What the executor and the simulator ask of a governor; any object with this method will do."""
+
+    def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+        """Where to stand for the next batch, after the `last` decision that named a rung."""
+
+
+@dataclass(frozen=True)
+class Governor:
+    """The drain law, with deadlines, quality and a dwell.  `docs/why/governor.md` says where it comes from.
+
+    With L rows waiting, lambda more a second and D seconds of patience, a row may cost
+
+        B = (wait + horizon) * D / (L + lambda * horizon * D)
+
+    seconds.  The best rung is taken whose cost per row, times the slow-down, is at most B, if
+
+    1. its p95 for the head fits the head's slack;
+    2. the rest stays feasible: were the other requests that `Signal.queue` shows then run in turn, each alone on the
+       fastest ready rung that keeps its floor (in full batches where joining pays), at its usual cost, each would be
+       in time; and the rows that the queue does not show would be through within D.  Rows that are yet to come are
+       B's business, and the bank is not asked on their behalf;
+    3. it keeps the head's floor, and the bank bears it.
+
+    If there is none: the fastest that keeps 3, if the head can be in time at all; else the head is refused.
+    Requests join a batch where that makes rows cheaper; it never waits for more of them.
+
+    Where no latency is asked for, `UNHURRIED` takes the place of D in B: the queue is to be gone within that time, so
+    it does not grow while a faster rung is there.
+
+    It falls at once, and climbs one rung for every `dwell` during which more could have been afforded throughout.
+
+    Args:
+        dwell: seconds; 0 climbs at once.
+        horizon: how far ahead arrivals are counted, in units of the patience.
+        wait: how long rows wait under a steady load that no rung carries exactly, in units of the patience.
+        block: the longest that a batch of several requests may take, in units of the patience.
+        gain: how many times cheaper a row must be in a full batch than alone, so that requests are joined.
+        allowance: how far the bank may be overdrawn, in units of quality times rows.
+
+    Raises:
+        UsageError: a figure is not finite, below 0, or above 1 where it is a share of the patience.
+    """
+
+    dwell: float = 0.25
+    horizon: float = 0.5
+    wait: float = 0.5
+    block: float = 0.5
+    gain: float = 1.2
+    allowance: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name} of a governor must be a number of at least 0, but is {value!r}")
+        if not (0 < self.wait <= 1 and 0 < self.block <= 1):
+            raise UsageError(f"wait and block are shares of the patience: above 0, at most 1; got {self}")
+
+    def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+        """Where to stand for the next batch, after the `last` decision that named a rung."""
+        if not signal.queue:
+            rung, since, pressed = (last.rung, last.since, last.pressed) if last else (None, signal.now, signal.now)
+            return Decision(rung, 0, since, "nothing waits", pressed)
+        slack, rows, floor = signal.queue[0]
+        ready = [r for r in rungs if r.ready]
+        able = [r for r in ready if r.quality >= floor and r.most_rows >= rows and self._bears(signal, r, rows)]
+        in_time = [r for r in able if r.seconds(rows) * signal.slowdown <= slack]
+        if not in_time:
+            return Decision(None, 0, signal.now, _refusal(signal, ready, able))
+        able.sort(key=_quality, reverse=True)
+        limits = self._limits(signal, ready)
+        fit = [r for r in able if not limits.reached(r)]
+        if fit:
+            rung, pressed = self._stand(last, signal.now, ready, rungs, fit)
+            why = _why(limits, able, rung, fit[0], self.dwell)
+        else:
+            rung, pressed = min(in_time, key=limits.cost), signal.now
+            why = f"the fastest that is left: even so, {limits.objection(rung)}"
+        since = last.since if last is not None and last.rung == rung.number else signal.now
+        return Decision(rung.number, self._batch(signal, limits, rung), since, why, pressed)
+
+    # --- what may be taken --------------------------------------------------------------------------------------
+
+    def _bears(self, signal: Signal, rung: RungState, rows: int) -> bool:
+        """Whether the bank bears so many rows of this rung's quality."""
+        return rung.quality >= signal.asked or signal.bank + (rung.quality - signal.asked) * rows >= -self.allowance
+
+    def _limits(self, signal: Signal, ready: list[RungState]) -> _Limits:
+        unit = signal.patience if signal.patience < math.inf else UNHURRIED
+        load = max(signal.rows, signal.queue[0][1]) + signal.rate * self.horizon * unit
+        costs = {}
+        for r in ready:
+            full = self._full(signal, r)
+            costs[r.number] = (0.0, r.per_row + r.fixed / full) if full else (r.fixed, r.per_row)
+        return _Limits(signal, ready, costs, (self.wait + self.horizon) * unit / load)
+
+    def _full(self, signal: Signal, rung: RungState) -> int:
+        """How many rows a full batch of this rung holds; 0 where joining requests does not pay."""
+        most, longest = rung.most_rows, self.block * signal.patience / (rung.tail * signal.slowdown)
+        if rung.seconds(most) > longest:
+            most = int((longest - rung.fixed) / rung.per_row) if rung.per_row > 0 else 0
+        return most if most > 1 and rung.seconds(1) * most >= self.gain * rung.seconds(most) else 0
+
+    def _batch(self, signal: Signal, limits: _Limits, rung: RungState) -> int:
+        """Rows of the next batch: the head's, and those of the next requests that fit, where joining pays."""
+        rows = limits.rows
+        full = self._full(signal, rung) if signal.rows > rows else 0
+        if not full:
+            return rows
+        longest = min(limits.slack, self.block * signal.patience)
+        for k, (_, more, floor) in enumerate(signal.queue[1:], 2):
+            joined = rows + more
+            most = rung.seconds(joined) * rung.tail * signal.slowdown
+            if floor > rung.quality or joined > rung.most_rows or most > min(longest, limits.spare[k]):
+                return rows
+            if not self._bears(signal, rung, joined):
+                return rows
+            rows = joined
+        more = min(full, signal.rows)  # all that are shown fit: so do those behind them, whose deadlines are later
+        fits = rung.seconds(more) * rung.tail * signal.slowdown <= longest and self._bears(signal, rung, more)
+        return max(rows, more) if fits else rows
+
+    # --- hysteresis ---------------------------------------------------------------------------------------------
+
+    def _stand(
+        self, last: Decision | None, now: float, ready: list[RungState], rungs: tuple[RungState, ...],
+        fit: list[RungState],
+    ) -> tuple[RungState, float]:  # fmt: skip
+        """The rung to stand on among those that fit, best first; and since when no better one could be afforded."""
+        here = next((r for r in rungs if last is not None and r.number == last.rung), None)
+        if last is None or here is None or self.dwell == 0 or fit[0].quality <= here.quality:
+            return fit[0], now
+        steps = int(min((now - last.pressed) / self.dwell, len(rungs)))
+        better = sorted({r.quality for r in ready if r.quality > here.quality})
+        most = ([here.quality, *better])[min(max(steps, 0), len(better))]
+        rung = next((r for r in fit if r.quality <= most), fit[-1])
+        if rung is fit[0]:
+            return rung, now
+        climbed = sum(1 for q in better if q <= rung.quality)
+        return rung, max(last.pressed, now - self.dwell * (len(rungs) + 1)) + climbed * self.dwell
+
+
+STEADY = Governor(dwell=0.5)
+BALANCED = Governor(dwell=0.25)
+RESPONSIVE = Governor(dwell=0.0)
+PRESETS: Mapping[str, Governor] = {"steady": STEADY, "balanced": BALANCED, "responsive": RESPONSIVE}
+
+
+def soonest(rungs: Iterable[RungState], rows: int, ahead: int, busy: float, slowdown: float, floor: float) -> float:
+    """How many seconds until a request that comes now could be answered at the earliest; infinite where it never is.
+
+    An optimist's figure, for admission: what it finds too late is too late.
+
+    Args:
+        rows: of the request; `floor` the least quality that will do for it.
+        ahead: rows whose turn comes first.
+        busy: seconds until the executor is free.
+    """
+    ready = [r for r in rungs if r.ready]
+    alone = min((r.seconds(rows) for r in ready if r.quality >= floor and r.most_rows >= rows), default=math.inf)
+    row = min((r.seconds(r.most_rows) / r.most_rows for r in ready), default=0.0)
+    return busy + slowdown * max(alone, row * (ahead + rows))
+
+
+class _Limits:
+    """What bounds the choice for one signal.
+
+    Args:
+        costs: usual seconds of each ready rung where requests are many: for each request, and for each of its rows.
+        budget: what a row may cost, by the drain law.
+    """
+
+    __slots__ = ("budget", "costs", "rows", "signal", "slack", "spare")
+
+    def __init__(
+        self, signal: Signal, ready: list[RungState], costs: dict[int, tuple[float, float]], budget: float
+    ) -> None:
+        self.signal, self.costs, self.budget = signal, costs, budget
+        self.slack, self.rows, _ = signal.queue[0]
+        self.spare = self._look_behind(ready)
+
+    def cost(self, rung: RungState) -> float:
+        """Usual seconds that the head adds."""
+        once, each = self.costs[rung.number]
+        return (once + each * self.rows) * self.signal.slowdown
+
+    def _look_behind(self, ready: list[RungState]) -> list[float]:
+        """[k]: how many seconds the first k requests may take so that those behind them are in time."""
+        signal = self.signal
+        fastest: dict[float, tuple[float, float]] = {}
+        ends, total, shown, once, each = [0.0], 0.0, 0, 0.0, 0.0
+        for _, rows, floor in signal.queue:
+            if floor not in fastest:
+                keeping = [self.costs[r.number] for r in ready if r.quality >= floor]
+                fastest[floor] = min(keeping, key=sum, default=(0.0, 0.0))  # none keeps it: it will be refused
+            once, each = fastest[floor]
+            total += (once + each * rows) * signal.slowdown
+            ends.append(total)
+            shown += rows
+        unseen = signal.rows - shown
+        least = signal.patience - total - each * unseen * signal.slowdown if unseen > 0 else math.inf
+        spare = [least + total]
+        for k in range(len(signal.queue) - 1, -1, -1):
+            latest = signal.queue[k][0] - ends[k + 1]  # when the queue must be begun for this one
+            if latest < least:
+                least = latest
+            spare.append(least + ends[k])
+        spare.reverse()
+        return spare
+
+    def reached(self, rung: RungState) -> bool:
+        """Whether a rung is too slow for the head of the queue."""
+        most = rung.seconds(self.rows) * rung.tail * self.signal.slowdown
+        return self.cost(rung) > self.budget * self.rows or most > self.slack or most > self.spare[1]
+
+    def objection(self, rung: RungState) -> str:
+        """The limit that a rung reaches, in words."""
+        signal, cost = self.signal, self.cost(rung) / self.rows
+        most = rung.seconds(self.rows) * rung.tail * signal.slowdown
+        if cost > self.budget:
+            return (
+                f"{_ms(cost)} a row, and {signal.rows} rows waiting with {signal.rate:.3g} a second to come leave "
+                f"{_ms(self.budget)}"
+            )
+        if most > self.slack:
+            return f"up to {_ms(most)}, and the first deadline is in {_ms(self.slack)}"
+        if most > self.spare[1]:
+            return f"up to {_ms(most)}, and those that wait behind can spare {_ms(max(self.spare[1], 0.0))}"
+        return f"{_ms(cost)} a row"
+
+
+def _why(limits: _Limits, able: list[RungState], rung: RungState, target: RungState, dwell: float) -> str:
+    if target.quality > rung.quality:
+        return f"there is time for rung {target.number}, but it climbs one rung for every {dwell:g} s of calm"
+    better = [r for r in able if r.quality > rung.quality]
+    if not better:
+        return "there is time for the best rung that is ready and keeps what is asked for"
+    return f"the best in time: rung {better[-1].number} takes {limits.objection(better[-1])}"
+
+
+def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> str:
+    slack, rows, floor = signal.queue[0]
+    if not ready:
+        return "no rung is ready"
+    if able:
+        needed, fastest = min((r.seconds(rows) * signal.slowdown, r.number) for r in able)
+        return f"its deadline is in {_ms(slack)}, but the fastest rung that may answer it, {fastest}, takes {_ms(needed)}"
+    if all(r.most_rows < rows for r in ready):
+        return f"it has {rows} rows, but no rung takes more than {max(r.most_rows for r in ready)} at once"
+    best = max(r.quality for r in ready if r.most_rows >= rows)
+    if best < floor:
+        return f"it asks for a quality of {floor:.4g}, but no rung that is ready promises more than {best:.4g}"
+    return (
+        f"answers are to have a quality of {signal.asked:.4g} in the mean; none of the rungs that keep its floor reaches "
+        f"that, and the {signal.bank:.3g} that better answers have earned do not bear it"
+    )
+
+
+def _quality(rung: RungState) -> float:
+    return rung.quality
+
+
+def _ms(seconds: float) -> str:
+    return f"{seconds * 1e3:.3g} ms"

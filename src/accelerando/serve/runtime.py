@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -23,28 +23,72 @@ from accelerando.machine import PACKAGES
 from accelerando.recipe import Recipe, Runner
 from accelerando.signature import Array, Port, to_numpy
 
+if TYPE_CHECKING:
+    from accelerando.goal import Goal
+    from accelerando.serve.governed import GovernedModel
+    from accelerando.serve.governor import Decides
+
 
 class MachineWarning(UserWarning):
     """The bundle's figures were measured on another machine, or with other versions."""
 
 
-def load(path: str | Path, *, rung: int | str | None = None, model: Any = None) -> FastModel:
+@overload
+def load(path: str | Path, *, rung: int | str | None = None, model: Any = None) -> FastModel: ...
+
+
+@overload
+def load(
+    path: str | Path,
+    *,
+    goal: str | Goal,
+    memory: str | int | None = None,
+    governor: str | Decides = "balanced",
+    audit: float = 0.01,
+    isolated: bool = False,
+    model: Any = None,
+) -> GovernedModel: ...
+
+
+def load(
+    path: str | Path,
+    *,
+    rung: int | str | None = None,
+    goal: str | Goal | None = None,
+    model: Any = None,
+    **terms: Any,
+) -> FastModel | GovernedModel:
     """The fast model of a bundle, to be called like the model from which it was made.
+
+    Without a goal it is one rung; with one it is the whole ladder under a governor, which stands on the best rung that
+    the goal allows at each moment.
 
     Args:
         path: the folder.
         rung: the number of a rung on the ladder (0 is the original; -1 the fastest) or a recipe's key; without it,
             the best by the goal of those that can run here; `note` says why where that is not the bundle's best.
+        goal: what is asked for while it runs, as in "p99 <= 5ms, drop <= 1%".
         model: the original module, which rungs that run its own code need.
+        terms: only with a goal: `memory` that the loaded rungs may hold, as in "200MB"; `governor` (`steady`,
+            `balanced`, `responsive`, or an object with the same `decide`); `audit`, the share of requests that are
+            asked of the best rung too when there is time; `isolated`, to compute in a process of its own; `most_rows`
+            of a batch; `waiting_rows` that the queue takes; `name`.
 
     Raises:
         BundleError: the folder is not a bundle, is damaged, or holds no rung that can run here (`no-rung`).
-        UsageError: there is no such rung.
+        GoalError: the goal does not parse.
+        UsageError: there is no such rung, or a term is not what it must be.
         MissingExtraError, ModelError, RefusalError: the rung that was asked for by name can't run here.
 
     Warns:
         MachineWarning: the figures were measured elsewhere.
     """
+    if goal is not None or terms:
+        from accelerando.serve.governed import govern
+
+        if rung is not None:
+            raise UsageError("a governor chooses the rung: give rung= or goal=, not both")
+        return govern(path, goal=goal, model=model, **terms)
     bundle = Bundle.open(path, hashes=False)  # the one rung that is loaded is hashed by `start`
     number, runner, note = _start(bundle, model) if rung is None else _start_named(bundle, rung, model)
     fast = FastModel(bundle, number, runner, note)

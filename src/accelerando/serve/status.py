@@ -69,6 +69,8 @@ class Status:
         queued, computed: seconds.
         memory_bytes: held by the loaded rungs; `memory_cap` what they may hold, None where there is no cap.
         drift: what of the inputs has drifted, in words; empty where nothing has.
+        batches: that were computed for those that are answered; `latest` is when the last was, in seconds since the
+            epoch, 0 before the first.
     """
 
     name: str
@@ -98,3 +100,5 @@ class Status:
     memory_cap: int | None
     audited: int = 0
     drift: tuple[str, ...] = ()
+    batches: int = 0
+    latest: float = 0.0

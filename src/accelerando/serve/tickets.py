@@ -61,3 +61,8 @@ class Ticket:
     floor: float = -math.inf
     priority: int = 0
     future: Future[Answer] = field(default_factory=Future)
+
+    @property
+    def likeness(self) -> tuple[tuple[int, ...], ...]:
+        """What requests must share to share a batch: the lengths of all axes but the first."""
+        return tuple(leaf.shape[1:] for leaf in self.leaves)

@@ -1,0 +1,82 @@
+"""What a call of a rung takes on this machine, by its rows: measured when the rung is loaded.
+
+The certificate's figures are of one batch size and of the machine where they were gathered; a governor needs those of
+this one.  A call takes `fixed + per_row * rows` seconds: on processors that is close to the truth, and two numbers
+can be measured in a fraction of a second.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from accelerando.signature import Array
+from accelerando.trial import Evidence
+
+SIZES = (1, 2, 4, 8, 16, 32)
+CALLS = 7  # of each size: the median of seven is not moved by three that were disturbed
+SECONDS = 0.4  # for all sizes together, but for the first
+MOST_TAIL = 3.0  # a longer tail is the machine's, and is seen in the slow-down
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Seconds of a call: `fixed`, and `per_row` more for each row."""
+
+    fixed: float
+    per_row: float
+
+    def seconds(self, rows: int) -> float:
+        return self.fixed + self.per_row * rows
+
+
+def measure(
+    run: Callable[[Sequence[Array]], list[Array]],
+    row: Sequence[Array],
+    most_rows: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Cost:
+    """The cost of a loaded and warm rung.
+
+    Args:
+        row: the inputs of one row, or of the one batch that the model takes where `most_rows` is that.
+        most_rows: the greatest batch to try.
+    """
+    known: list[tuple[int, float]] = []
+    spent = 0.0
+    given = len(row[0])
+    for size in (n for n in SIZES if given == 1 and n <= most_rows) if given == 1 else (given,):
+        if known and spent + CALLS * known[-1][1] * 2 > SECONDS:
+            break
+        leaves = [np.repeat(leaf, size, axis=0) for leaf in row] if size != given else list(row)
+        run(leaves)  # the first call of a size makes room for it
+        times = []
+        for _ in range(CALLS):
+            start = clock()
+            run(leaves)
+            times.append(clock() - start)
+        spent += sum(times)
+        known.append((size, float(np.median(times))))
+    return fit(known)
+
+
+def fit(known: Sequence[tuple[int, float]]) -> Cost:
+    """The line through (rows, seconds) that errs least in proportion; neither part is below 0."""
+    rows, seconds = (np.array(column, dtype=float) for column in zip(*known, strict=True))
+    if len(known) == 1:
+        return Cost(0.0, float(seconds[0] / rows[0]))
+    design = np.stack([np.ones_like(rows), rows], axis=1) / seconds[:, None]
+    (fixed, per_row), *_ = np.linalg.lstsq(design, np.ones_like(rows), rcond=None)
+    if per_row <= 0:
+        return Cost(float(np.median(seconds)), 0.0)
+    if fixed < 0:
+        return Cost(0.0, float(np.median(seconds / rows)))
+    return Cost(float(fixed), float(per_row))
+
+
+def tail(evidence: Evidence) -> float:
+    """How many times its median a call's p95 takes, as certified."""
+    return float(np.clip(evidence.latency(0.95).mid / evidence.latency(0.5).mid, 1.0, MOST_TAIL))

@@ -1,0 +1,356 @@
+"""The rungs that are in memory: loaded and proven off the request path, evicted under a hard cap.
+
+The fastest rung is pinned: it is what a burst falls back to.  What rungs share, such as a backend's library, counts
+once: of each backend the least that any of its rungs took beyond its own files.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from accelerando.bundle import Bundle
+from accelerando.errors import AccelerandoError, BundleError, UsageError
+from accelerando.ladder import Rung
+from accelerando.recipe import Runner
+from accelerando.serve import costs
+from accelerando.serve.aims import promise
+from accelerando.serve.batches import joinable
+from accelerando.serve.governor import RungState
+from accelerando.signature import Array
+
+VOTES, VOTE_SECONDS = 10, 5.0  # a rung that is out must be missed this often, for this long, before another makes room
+Start = Callable[[Rung], Runner]
+
+
+@dataclass
+class Resident:
+    """A rung, and what has become of it here.  `state` as in `RungStatus`."""
+
+    number: int
+    rung: Rung
+    state: str = "out"
+    why: str = ""
+    runner: Runner | None = None
+    cost: costs.Cost | None = None
+    used: float = 0.0  # when last, by the monotonic clock
+    missed: int = 0
+    missed_since: float = 0.0
+
+    @cached_property
+    def text(self) -> str:
+        """How the rung was made, in words."""
+        return str(self.rung.recipe)
+
+
+class Residents:
+    """The rungs of one bundle.  Thread-safe.
+
+    Args:
+        bundle: opened.
+        start: loads a rung, in this process or another.
+        cores: held by whoever computes: one at a time, so that rungs never fight over the cores.
+        cap: bytes that the loaded rungs may hold, None for no limit.
+        most_rows: of a batch.
+        pid: of the process that holds them.
+
+    Raises:
+        UsageError: the fastest rung alone is over the cap.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        start: Start,
+        cores: threading.Lock,
+        cap: int | None = None,
+        most_rows: int = 64,
+        pid: Callable[[], int] = os.getpid,
+    ) -> None:
+        self.bundle, self.cap = bundle, cap
+        self.changed: Callable[[], None] = lambda: None
+        self._start, self._cores, self._pid = start, cores, pid
+        self._most_rows = most_rows if joinable(bundle.signature) else bundle.signature.fixed_batch or 1
+        self._lock = threading.RLock()
+        self._all = [Resident(i, rung) for i, rung in enumerate(bundle.ladder)]
+        self._promises = [promise(rung, bundle.ladder) for rung in bundle.ladder]
+        self._tails = [costs.tail(rung.evidence) for rung in bundle.ladder]
+        self._shared = _shared(bundle.ladder.rungs)
+        self._parity = bundle.parity
+        self._row = self._one_row()
+        self._wanted: list[int] = []
+        self._loader: threading.Thread | None = None
+        self._closed = False
+        self._before = held_bytes(pid())
+        self.states: tuple[RungState, ...] = ()  # of all that did not fail; replaced as a whole, never changed
+        pinned = len(self._all) - 1
+        if cap is not None and self._foreseen({pinned}) > cap:
+            raise UsageError(
+                f"a memory of {cap:,} bytes was allowed, but the fastest rung, {self._all[pinned].rung.recipe}, takes "
+                f"about {self._foreseen({pinned}):,}; allow more"
+            )
+
+    def __iter__(self) -> Iterator[Resident]:
+        return iter(self._all)
+
+    def __getitem__(self, number: int) -> Resident:
+        return self._all[number]
+
+    @property
+    def memory(self) -> int:
+        """Bytes that the process holds more than before the first rung was loaded."""
+        return max(held_bytes(self._pid()) - self._before, 0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a rung to stand on."""
+        return any(s.ready for s in self.states)
+
+    # --- loading and evicting -----------------------------------------------------------------------------------
+
+    def begin(self, order: Sequence[int], first: int = 2) -> None:
+        """Load these rungs: the first that can be loaded before this returns, the rest behind its back.
+
+        Args:
+            order: numbers, the most urgent first.
+            first: how many must have been tried before this returns; more are tried until one is ready.
+
+        Raises:
+            BundleError: `no-rung`: none can be loaded here; the message holds the reason of each.
+        """
+        tried = 0
+        for number in order:
+            if tried >= first and self.ready:
+                break
+            self.load(number)
+            tried += 1
+        if not self.ready:
+            why = "; ".join(f"rung {r.number}: {r.why}" for r in self._all if r.why)
+            raise BundleError("no-rung", f"no rung of {self.bundle.path} can run here: {why}")
+        self.want(*order[tried:])
+
+    def want(self, *numbers: int) -> None:
+        """Load these when there is time; none of them makes room by evicting."""
+        with self._lock:
+            self._wanted += [n for n in numbers if n not in self._wanted]
+            if self._wanted and self._loader is None and not self._closed:
+                self._begin_thread(self._load_wanted)
+
+    def _begin_thread(self, work: Callable[..., None], *args: int) -> None:
+        self._loader = threading.Thread(target=work, args=args, name="accelerando-loader", daemon=True)
+        self._loader.start()
+
+    def _load_wanted(self) -> None:
+        while True:
+            with self._lock:
+                if self._closed or not self._wanted:
+                    self._loader = None
+                    return
+                number = self._wanted.pop(0)
+            self.load(number)
+
+    def load(self, number: int, evict: bool = False) -> bool:
+        """Load a rung, prove that it answers as certified, and measure what its calls take; whether it is ready.
+
+        Args:
+            evict: let rungs that were not used for longest make room.
+        """
+        resident = self._all[number]
+        with self._lock:
+            if self._closed or resident.state in ("ready", "loading", "quarantined"):
+                return resident.state == "ready"
+            if not self._has_room(number, evict):
+                resident.why = f"there is no room for it under the cap of {self.cap:,} bytes"
+                return False
+            resident.state, resident.why = "loading", ""
+        try:
+            runner = self._start(resident.rung)
+            cost = self._proven(resident.rung, runner)
+        except AccelerandoError as error:
+            return self._leave(resident, "failed", str(error))
+        except Exception as error:  # noqa: BLE001  whatever a backend raises: the other rungs go on
+            return self._leave(resident, "failed", f"{type(error).__name__}: {error}")
+        if not self._keep(resident, runner, cost):
+            runner.close()
+        return resident.state == "ready"
+
+    def _keep(self, resident: Resident, runner: Runner, cost: costs.Cost) -> bool:
+        """Let the governor see a rung that was loaded; not where all was closed meanwhile."""
+        with self._lock:
+            if not self._closed:
+                resident.runner, resident.cost, resident.state = runner, cost, "ready"
+                resident.used, resident.missed = time.monotonic(), 0
+                self._publish()
+            return not self._closed
+
+    def _proven(self, rung: Rung, runner: Runner) -> costs.Cost:
+        """The cost of a rung that answers as it did when it was certified; its first calls warm it."""
+
+        def run(leaves: Sequence[Array]) -> list[Array]:
+            with self._cores:
+                answers = runner(leaves)
+            time.sleep(0)  # requests go first
+            return answers
+
+        if self._parity:
+            answers = run(self._parity.inputs)
+            if wrong := self._parity.deviation(rung.recipe.key, answers):
+                runner.close()
+                raise BundleError("answers", f"it does not answer as it did when it was certified: {wrong}")
+        run(self._row)
+        return costs.measure(run, self._row, self._most_rows)
+
+    def _one_row(self) -> list[Array]:
+        """Inputs of one row, or of the one batch that the model takes."""
+        signature = self.bundle.signature
+        if self._parity:
+            return [leaf[: signature.fixed_batch or 1] for leaf in self._parity.inputs]
+        shapes = [[axis if isinstance(axis, int) else 1 for axis in port.shape] for port in signature.inputs]
+        return [np.zeros(shape, port.dtype) for shape, port in zip(shapes, signature.inputs, strict=True)]
+
+    def _has_room(self, number: int, evict: bool) -> bool:
+        """Whether a rung fits beside those that are loaded, after the idlest made room where that is allowed."""
+        if self.cap is None:
+            return True
+        held = {r.number for r in self._all if r.state in ("ready", "loading")}
+        idlest = sorted((r for r in self._all[:-1] if r.state == "ready"), key=lambda r: r.used)
+        while self._foreseen(held | {number}) > self.cap:
+            if not evict or not idlest:
+                return False
+            held.discard(idlest[0].number)
+            self.evict(idlest.pop(0).number)
+        return True
+
+    def evict(self, number: int) -> None:
+        """Take a rung out of memory once nothing computes with it."""
+        resident = self._all[number]
+        with self._lock:
+            runner, resident.runner = resident.runner, None
+            if resident.state == "ready":
+                resident.state = "out"
+            self._publish()
+        if runner is not None:
+            with self._cores:
+                runner.close()
+            del runner
+            _give_back()
+
+    def missed(self, number: int, now: float) -> None:
+        """Told that a rung would have been stood on, were it loaded; missed often enough, it is loaded."""
+        resident = self._all[number]
+        with self._lock:
+            if resident.state != "out":
+                return
+            if resident.missed == 0:
+                resident.missed_since = now
+            resident.missed += 1
+            if resident.missed < VOTES or now - resident.missed_since < VOTE_SECONDS or self._loader:
+                return
+            resident.missed = 0
+            self._loader = threading.Thread(
+                target=self._swap_in, args=(number,), name="accelerando-loader", daemon=True
+            )
+            self._loader.start()
+
+    def _swap_in(self, number: int) -> None:
+        try:
+            self.load(number, evict=True)
+        finally:
+            with self._lock:
+                self._loader = None
+        self.want()
+
+    def turn_away(self, number: int, state: str, why: str) -> None:
+        """Stand on a rung no more: it is `quarantined` for its answers, or it `failed`."""
+        resident = self._all[number]
+        with self._lock:
+            runner, resident.runner = resident.runner, None
+        self._leave(resident, state, why)
+        if runner is not None:
+            with self._cores:
+                runner.close()
+
+    def _leave(self, resident: Resident, state: str, why: str) -> bool:
+        with self._lock:
+            resident.state, resident.why = state, why
+            self._publish()
+        return False
+
+    def _publish(self) -> None:
+        """Make the states anew: what the governor sees is never half changed."""
+        known = [(r.cost.seconds(1) / _recorded(r.rung), r.cost) for r in self._all if r.cost is not None]
+        here = float(np.median([ratio for ratio, _ in known])) if known else 1.0  # this machine against that one
+        costs_here = [r.cost or costs.Cost(0.0, here * _recorded(r.rung)) for r in self._all]
+        self.states = tuple(
+            RungState(
+                r.number, self._promises[r.number], cost.fixed, cost.per_row, self._tails[r.number], self._most_rows,
+                r.state == "ready",
+            )
+            for r, cost in zip(self._all, costs_here, strict=True)
+            if r.state != "failed"
+        )  # fmt: skip
+        self.changed()
+
+    def close(self) -> None:
+        """Give everything back, once nothing computes with it."""
+        with self._lock:
+            self._closed = True
+            runners = [r.runner for r in self._all if r.runner is not None]
+            for resident in self._all:
+                resident.runner, resident.state = None, "out"
+            loader = self._loader
+        if loader is not None and loader is not threading.current_thread():
+            loader.join()
+        with self._cores:
+            for runner in runners:
+                runner.close()
+        del runners
+        _give_back()
+
+    def bytes_of(self, number: int) -> int:
+        """What a rung adds to those that are loaded, in bytes, as far as its certificate tells."""
+        rung = self._all[number].rung
+        return max(rung.evidence.peak_bytes - self._shared[rung.recipe.backend.name], rung.artifact.bytes)
+
+    def _foreseen(self, numbers: set[int]) -> int:
+        """Bytes of these rungs together: of each backend its library once."""
+        backends = {self._all[n].rung.recipe.backend.name for n in numbers}
+        return sum(self._shared[name] for name in backends) + sum(self.bytes_of(n) for n in numbers)
+
+
+def _recorded(rung: Rung) -> float:
+    """Seconds of a row, as certified."""
+    return rung.evidence.latency(0.5).mid / rung.evidence.batch
+
+
+def _shared(rungs: Sequence[Rung]) -> dict[str, int]:
+    """By backend, the least that any of its rungs took beyond its own files: its library, in the main."""
+    shared: dict[str, int] = {}
+    for rung in rungs:
+        name, beyond = rung.recipe.backend.name, max(rung.evidence.peak_bytes - rung.artifact.bytes, 0)
+        shared[name] = min(shared.get(name, beyond), beyond)
+    return shared
+
+
+def held_bytes(pid: int) -> int:
+    """Resident memory of a process, in bytes; 0 where this system does not tell."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def _give_back() -> None:
+    """Return freed memory to the system, which C libraries do by themselves only when asked."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)

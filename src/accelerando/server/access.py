@@ -1,0 +1,190 @@
+"""Who may come in and how much they may bring: the server's limits, and its bearer tokens.
+
+Tokens stand in a file, one a line; blank lines and lines that begin with `#` are left out.  The file is read anew
+when it changes, so tokens are rotated by replacing it.  A file that is missing or empty lets nobody in.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+import logging
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from accelerando.errors import UsageError
+from accelerando.server.exchange import App, Receive, Scope, Send, as_error
+
+OPEN = ("/v2/health/live", "/v2/health/ready")  # what watches a server has no token
+SAFE = ("GET", "HEAD", "OPTIONS")
+MOST_TOKEN_BYTES = 2**20  # of the whole file
+CHALLENGES = ('Bearer realm="accelerando"', 'Basic realm="accelerando"')
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the server takes and how it calls itself.
+
+    Args:
+        server_name: told at `/v2`; some clients' examples insist on `triton`.
+        max_body_bytes: of a request, also once it is decompressed; `max_json_bytes` of its JSON part, which becomes
+            some ten times as large in memory.
+        max_tensors: inputs, and likewise outputs, that one request may name.
+        max_rows: that one request may hold; told to clients as `max_batch_size`.
+        max_nesting: axes of a tensor, and so the depth of its nested data.
+        body_seconds: within which the whole body must have come.
+        compress_from: bytes from which on an answer is compressed for a client that takes it so.
+        tokens: the file of the tokens; None lets everybody in.
+
+    Raises:
+        UsageError: a limit that lets nothing through.
+    """
+
+    server_name: str = "accelerando"
+    max_body_bytes: int = 64 * 2**20
+    max_json_bytes: int = 16 * 2**20
+    max_tensors: int = 64
+    max_rows: int = 4096
+    max_nesting: int = 32
+    body_seconds: float = 30.0
+    compress_from: int = 16 * 2**10
+    tokens: Path | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_body_bytes", "max_json_bytes", "max_tensors", "max_rows", "max_nesting", "body_seconds"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, but is {getattr(self, name)}")
+
+
+class Tokens:
+    """The tokens of a file.  Not thread-safe: it belongs to one event loop."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._seen: tuple[int, ...] | None = None
+        self._digests: tuple[bytes, ...] = ()
+        self._look()
+
+    def __bool__(self) -> bool:
+        """Whether there is any token that lets somebody in."""
+        self._look()
+        return bool(self._digests)
+
+    def admit(self, token: bytes) -> bool:
+        """Whether this is one of them; takes as long for a wrong one as for a right one."""
+        self._look()
+        given = hashlib.sha256(token).digest()  # so that lengths don't tell either
+        return sum(hmac.compare_digest(given, known) for known in self._digests) > 0  # all are compared
+
+    def _look(self) -> None:
+        """Read the file if it is not the one that was read last."""
+        try:
+            facts = self.path.stat()
+            mark: tuple[int, ...] = (facts.st_mtime_ns, facts.st_size, facts.st_ino)
+        except OSError as error:
+            mark, facts, trouble = (), None, error.strerror or str(error)
+        if mark == self._seen:
+            return
+        self._seen, self._digests = mark, ()
+        if facts is None:
+            log.error("nobody is let in: the tokens file %s can't be read: %s", self.path, trouble)
+            return
+        try:
+            if facts.st_size > MOST_TOKEN_BYTES:
+                raise OSError(f"it is larger than {MOST_TOKEN_BYTES} bytes")
+            lines = [line.strip() for line in self.path.read_bytes().splitlines()]
+        except OSError as error:
+            log.error("nobody is let in: the tokens file %s can't be read: %s", self.path, error)
+            self._seen = None  # try again
+            return
+        self._digests = tuple(hashlib.sha256(line).digest() for line in lines if line and not line.startswith(b"#"))
+        if os.name == "posix" and facts.st_mode & (stat.S_IRGRP | stat.S_IROTH):
+            log.warning("the tokens file %s can be read by other users; `chmod 600` it", self.path)
+        if self._digests:
+            log.info("%d tokens were read from %s", len(self._digests), self.path)
+        else:
+            log.error("nobody is let in: the tokens file %s holds no token", self.path)
+
+
+class Access:
+    """ASGI middleware: lets through who has a token, and no page of another site.
+
+    Args:
+        app: everything that the server offers.
+        settings: `tokens` is the file; without one, everybody may come in.
+
+    Programs send `Authorization: Bearer TOKEN`.  A browser, which asks its user for a name and a password, sends the
+    token as the password of any name.
+    """
+
+    def __init__(self, app: App, settings: Settings) -> None:
+        self.app = app
+        self.tokens = None if settings.tokens is None else Tokens(settings.tokens)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self.app(scope, receive, send)
+        if self.tokens is None and scope.get("method") == "GET":  # nothing to ask
+            return await self.app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if foreign := self._foreign(scope, headers):
+            return await _turn_away(scope, receive, send, 403, foreign)
+        if self.tokens is None or (scope["path"] in OPEN and scope.get("method") in SAFE):
+            return await self.app(scope, receive, send)
+        if not self.tokens:
+            return await _turn_away(scope, receive, send, 403, "the server has no valid tokens, so nobody is let in")
+        token = _token(headers.get(b"authorization", b""))
+        if token is None:
+            words = "a token is needed: send the header `Authorization: Bearer TOKEN`"
+        elif self.tokens.admit(token):
+            return await self.app(scope, receive, send)
+        else:
+            words = "the token is not valid (any longer)"
+        return await _turn_away(scope, receive, send, 401, words)
+
+    @staticmethod
+    def _foreign(scope: Scope, headers: dict[bytes, bytes]) -> str:
+        """Why a browser must not do this for the page that it shows: the page came from elsewhere.
+
+        Without this, any page that a user opens could unload the models of a server on the loopback.
+        """
+        origin = headers.get(b"origin")
+        if origin is None or (scope["type"] == "http" and scope["method"] in SAFE):
+            return ""
+        try:
+            home = urlsplit(origin.decode("ascii")).netloc
+        except ValueError:  # UnicodeDecodeError among them
+            home = ""
+        if home and home.lower().encode() == headers.get(b"host", b"").lower():
+            return ""
+        return f"a page of {origin.decode('latin-1')[:100]!r} may not change anything here"
+
+
+def _token(given: bytes) -> bytes | None:
+    """The token of an `Authorization` header."""
+    scheme, _, rest = given.partition(b" ")
+    rest = rest.strip()
+    if scheme.lower() == b"bearer":
+        return rest or None
+    if scheme.lower() != b"basic":
+        return None
+    try:
+        _, colon, password = base64.b64decode(rest, validate=True).partition(b":")
+    except binascii.Error:
+        return None
+    return password if colon and password else None
+
+
+async def _turn_away(scope: Scope, receive: Receive, send: Send, status: int, words: str) -> None:
+    if scope["type"] == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1008, "reason": words[:120]})
+        return
+    headers = [(b"www-authenticate", c.encode()) for c in CHALLENGES] if status == 401 else []
+    await as_error(status, words, headers).deliver(send, head=scope["method"] == "HEAD")

@@ -1,0 +1,410 @@
+"""The Open Inference Protocol, version 2, over HTTP: a plain ASGI app, for the hot path has no time for a framework.
+
+    uvicorn.run(Access(Rest(shelf, settings, fallback=the_rest), settings))
+
+Of Triton's extensions it has binary tensors, model repository, model configuration, statistics, and of the schedule
+policy `timeout` and `priority`; of our own `min_quality`, and the goal of a model.  `openapi.py` lists all routes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from concurrent.futures import CancelledError, Future
+from dataclasses import dataclass
+from typing import Any
+
+from accelerando.errors import (
+    AccelerandoError,
+    BundleError,
+    ClosedError,
+    DataError,
+    DeadlineError,
+    MissingExtraError,
+    OverloadedError,
+    RefusalError,
+    RowsError,
+    UnknownModelError,
+    UsageError,
+)
+from accelerando.serve.tickets import Answer
+from accelerando.server.access import Settings
+from accelerando.server.descriptions import (
+    index_entry,
+    model_config,
+    model_metadata,
+    model_statistics,
+    server_metadata,
+)
+from accelerando.server.exchange import (
+    BINARY,
+    App,
+    GoneError,
+    Headers,
+    Receive,
+    Reply,
+    ReplyError,
+    Scope,
+    Send,
+    as_error,
+    as_json,
+    packed,
+    read_body,
+)
+from accelerando.server.inference import Asked, read_json, read_request, write_answer
+from accelerando.server.openapi import docs_page, document
+from accelerando.server.repository import Repository, Served
+
+LARGE = 256 * 2**10  # bytes of JSON from which on it is read and written beside the event loop
+LEAST_WAIT = b"1"  # seconds, told to who comes at a bad time
+STATUSES: tuple[tuple[type[AccelerandoError], int], ...] = (
+    (UnknownModelError, 404),
+    (MissingExtraError, 501),
+    (RefusalError, 501),
+    (UsageError, 400),
+    (BundleError, 400),
+    (OverloadedError, 503),
+    (ClosedError, 503),
+    (DeadlineError, 504),
+    (RowsError, 500),
+)
+UNOFFERED = ("systemsharedmemory", "cudasharedmemory", "trace", "logging")  # extensions that clients may know
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a handler needs of a request; `name` and `version` are those of the model in its path."""
+
+    headers: Headers
+    receive: Receive
+    name: str = ""
+    version: str | None = None
+
+
+Handler = Callable[[Request], Awaitable[Reply]]
+
+
+class Rest:
+    """The ASGI app.
+
+    Args:
+        shelf: the models.
+        settings: limits, and the server's name.
+        fallback: answers what is not in the protocol (pages, metrics), and lifespan events; else that is 404.
+    """
+
+    def __init__(self, shelf: Repository, settings: Settings | None = None, fallback: App | None = None) -> None:
+        self.shelf = shelf
+        self.settings = settings or Settings()
+        self.fallback = fallback
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not _ours(scope["path"]):
+            await self._elsewhere(scope, receive, send)
+            return
+        try:
+            reply = await self._answer(scope, receive)
+        except GoneError:
+            return  # nobody is there to be answered
+        except ReplyError as error:
+            reply = as_error(error.status, error.words, error.headers)
+        except AccelerandoError as error:
+            reply = _reply_to(error)
+        except Exception:
+            log.exception("an error of the server's own at %s %s", scope["method"], scope["path"])
+            reply = as_error(500, "an error of the server's own; its log has the details")
+        await reply.deliver(send, head=scope["method"] == "HEAD")
+
+    # --- routes
+
+    async def _answer(self, scope: Scope, receive: Receive) -> Reply:
+        method, path = scope["method"], scope["path"]
+        methods, name, version = self._find(path)
+        handler = methods.get("GET" if method == "HEAD" else method)
+        if handler is None:
+            offered = ", ".join([*methods, *(["HEAD"] if "GET" in methods else [])])
+            words = f"{method[:20]} is not offered at {path[:200]}, but {offered}"
+            raise ReplyError(405, words, [(b"allow", offered.encode())])
+        return await handler(Request(dict(scope["headers"]), receive, name, version))
+
+    def _find(self, path: str) -> tuple[Mapping[str, Handler], str, str | None]:
+        """The methods that a path has, and the model that it names."""
+        parts = path.removesuffix("/").split("/")[1:]
+        match parts[1:]:
+            case ["models", name, "infer"] if name:
+                return {"POST": self._infer}, name, None
+            case ["models", "stats"]:
+                return {"GET": self._all_statistics}, "", None
+            case ["models", name, "versions", version, *rest] if name and version:
+                methods = self._of_model(rest)
+            case ["models", name, *rest] if name:
+                version, methods = None, self._of_model(rest)
+                if rest == ["goal"]:
+                    methods = {"GET": self._goal, "PUT": self._set_goal}
+            case ["repository", "models", name, "load" | "unload" as verb] if name:
+                return {"POST": self._load if verb == "load" else self._unload}, name, None
+            case rest:
+                name, version, methods = "", None, self._of_server(parts[0], rest)
+        if not methods:
+            raise ReplyError(404, f"there is nothing at {path[:200]}; /openapi.json lists what there is")
+        return methods, name, version
+
+    def _of_server(self, first: str, rest: list[str]) -> Mapping[str, Handler]:
+        match first, *rest:
+            case ["v2"]:
+                return {"GET": self._server}
+            case ["v2", "health", "live"]:
+                return {"GET": self._live}
+            case ["v2", "health", "ready"]:
+                return {"GET": self._ready}
+            case ["v2", "repository", "index"]:
+                return {"POST": self._index}
+            case ["openapi.json"]:
+                return {"GET": self._document}
+            case ["docs"]:
+                return {"GET": self._docs}
+            case ["v2", extension, *_] if extension in UNOFFERED:
+                raise ReplyError(501, f"the extension {extension!r} is not offered; tensors go in the body")
+        return {}
+
+    def _of_model(self, rest: list[str]) -> Mapping[str, Handler]:
+        match rest:
+            case []:
+                return {"GET": self._model}
+            case ["infer"]:
+                return {"POST": self._infer}
+            case ["ready"]:
+                return {"GET": self._model_ready}
+            case ["stats"]:
+                return {"GET": self._statistics}
+            case ["config"]:
+                return {"GET": self._config}
+        return {}
+
+    # --- inference
+
+    async def _infer(self, request: Request) -> Reply:
+        served, settings, headers = self.shelf.find(request.name, request.version), self.settings, request.headers
+        _check_kind(headers)
+        header = _header_length(headers)
+        most = settings.max_json_bytes if header is None else settings.max_body_bytes
+        offset = header or 0
+        body = await read_body(headers, request.receive, most=most, seconds=settings.body_seconds, offset=offset)
+        size = len(body) if header is None else header
+        if size > settings.max_json_bytes:
+            words = f"the JSON has {size} bytes, but at most {settings.max_json_bytes} are taken; send binary tensors"
+            raise ReplyError(413, words)
+        what = (body, header, served.signature, settings)
+        asked = await asyncio.to_thread(read_request, *what) if size > LARGE else read_request(*what)
+        wishes = asked.wishes
+        ticket = served.submit(
+            asked.leaves, seconds=wishes.seconds, min_quality=wishes.min_quality, priority=wishes.priority
+        )
+        answer = await _result(ticket.future, request.receive)
+        return await self._reply(request, served, asked, answer)
+
+    async def _reply(self, request: Request, served: Served, asked: Asked, answer: Answer) -> Reply:
+        what = (request.name, served.signature, asked, answer)
+        written = sum(answer.leaves[number].nbytes for number, raw in asked.outputs if not raw)
+        text, pieces = await asyncio.to_thread(write_answer, *what) if written > LARGE else write_answer(*what)
+        if not any(raw for _, raw in asked.outputs):
+            reply = Reply(200, text)
+        else:
+            length = ((b"inference-header-content-length", str(len(text)).encode()),)
+            reply = Reply(200, b"".join((text, *pieces)), BINARY, length)
+        return await packed(reply, request.headers, self.settings.compress_from)
+
+    # --- the server
+
+    async def _server(self, request: Request) -> Reply:
+        return as_json(server_metadata(self.settings.server_name))
+
+    async def _live(self, request: Request) -> Reply:
+        return as_json({"live": True})
+
+    async def _ready(self, request: Request) -> Reply:
+        ready = self.shelf.ready
+        value = {"ready": True} if ready else {"ready": False, "error": "a model is loading, or the server is closing"}
+        return as_json(value, 200 if ready else 503)
+
+    async def _document(self, request: Request) -> Reply:
+        return await packed(
+            as_json(document(self.settings, self.shelf, pages=self.fallback is not None)),
+            request.headers,
+            self.settings.compress_from,
+        )
+
+    async def _docs(self, request: Request) -> Reply:
+        return Reply(200, docs_page(), b"text/html; charset=utf-8", PAGE_HEADERS)
+
+    # --- models
+
+    async def _model(self, request: Request) -> Reply:
+        served = self.shelf.find(request.name, request.version)
+        return as_json(model_metadata(request.name, self.shelf.versions(request.name), served.signature))
+
+    async def _model_ready(self, request: Request) -> Reply:
+        try:
+            self.shelf.find(request.name, request.version)
+        except ClosedError as error:
+            return as_json({"name": request.name, "ready": False, "error": str(error)}, 503)
+        return as_json({"name": request.name, "ready": True})
+
+    async def _config(self, request: Request) -> Reply:
+        served = self.shelf.find(request.name, request.version)
+        return as_json(model_config(request.name, served.signature, self.settings.max_rows))
+
+    async def _statistics(self, request: Request) -> Reply:
+        served = self.shelf.find(request.name, request.version)
+        version = request.version or self.shelf.versions(request.name)[-1]
+        return as_json({"model_stats": [model_statistics(request.name, version, served.status())]})
+
+    async def _all_statistics(self, request: Request) -> Reply:
+        found = []
+        for entry in self.shelf.index():
+            try:
+                status = self.shelf.find(entry.name, entry.version).status()
+            except (ClosedError, UnknownModelError):
+                continue  # not loaded, or not any longer
+            found.append(model_statistics(entry.name, entry.version, status))
+        return as_json({"model_stats": found})
+
+    async def _goal(self, request: Request) -> Reply:
+        return as_json({"name": request.name, "goal": self.shelf.find(request.name).status().goal})
+
+    async def _set_goal(self, request: Request) -> Reply:
+        goal = (await self._small(request, ("goal",))).get("goal")
+        if not isinstance(goal, str):
+            raise DataError('the body must be like {"goal": "p99 <= 20ms"}')
+        self.shelf.set_goal(request.name, goal)
+        return as_json({"name": request.name, "goal": goal})
+
+    # --- the repository
+
+    async def _index(self, request: Request) -> Reply:
+        only = (await self._small(request, ("ready",))).get("ready", False)
+        if not isinstance(only, bool):
+            raise DataError("ready must be true or false")
+        return as_json([index_entry(e) for e in self.shelf.index() if e.state == "READY" or not only])
+
+    async def _load(self, request: Request) -> Reply:
+        parameters = (await self._small(request, ("parameters",))).get("parameters") or {}
+        if not isinstance(parameters, dict):
+            raise DataError("parameters must be an object")
+        await asyncio.to_thread(self.shelf.load, request.name, parameters)
+        return as_json({})
+
+    async def _unload(self, request: Request) -> Reply:
+        await self._small(request, ("parameters",))
+        await asyncio.to_thread(self.shelf.unload, request.name)
+        return as_json({})
+
+    async def _small(self, request: Request, fields: tuple[str, ...]) -> dict[str, Any]:
+        """A body of a few settings; it may be left out."""
+        limit, seconds = self.settings.max_json_bytes, self.settings.body_seconds
+        body = await read_body(request.headers, request.receive, most=min(limit, LARGE), seconds=seconds)
+        found = read_json(bytes(body)) if len(body) else {}
+        if unknown := [key for key in found if key not in fields]:
+            raise DataError(f"the body has a field {unknown[0][:60]!r}, but may have {', '.join(fields)}")
+        return found
+
+    async def _elsewhere(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What is not of the protocol."""
+        if self.fallback is not None:
+            await self.fallback(scope, receive, send)
+        elif scope["type"] == "http":
+            reply = as_error(404, f"there is nothing at {scope['path'][:200]}; /openapi.json lists what there is")
+            await reply.deliver(send, head=scope["method"] == "HEAD")
+        elif scope["type"] == "websocket":
+            await receive()
+            await send({"type": "websocket.close", "code": 1000})
+        else:
+            while (await receive())["type"] == "lifespan.startup":
+                await send({"type": "lifespan.startup.complete"})
+            await send({"type": "lifespan.shutdown.complete"})
+
+
+PAGE_HEADERS = (
+    (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
+     b"connect-src 'self'; base-uri 'none'; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+)  # fmt: skip
+
+
+def _ours(path: str) -> bool:
+    return path.startswith("/v2/") or path in ("/v2", "/openapi.json", "/docs")
+
+
+def _check_kind(headers: Headers) -> None:
+    """aiohttp, and so one of Triton's clients, calls JSON `application/octet-stream`; so both names do for both."""
+    kind = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
+    if kind not in (b"", b"application/json", BINARY) and not kind.endswith(b"+json"):
+        words = f"the body is {kind.decode('latin-1')[:60]!r}, but must be application/json or application/octet-stream"
+        raise ReplyError(415, words)
+
+
+def _header_length(headers: Headers) -> int | None:
+    """The bytes of the JSON, where binary tensors follow it."""
+    given = headers.get(b"inference-header-content-length")
+    if given is None:
+        return None
+    if not given.isdigit() or len(given) > 18:
+        words = f"must be a whole number, but is {given.decode('latin-1')[:60]!r}"
+        raise ReplyError(400, f"Inference-Header-Content-Length {words}")
+    return int(given)
+
+
+def _reply_to(error: AccelerandoError) -> Reply:
+    """The answer that an error of ours is to its client."""
+    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+    words = f"Request for unknown model: {error}" if status == 404 else str(error)  # as Triton begins it
+    if status == 500:
+        log.warning("a request failed: %s", error)
+    return as_error(status, words, [(b"retry-after", LEAST_WAIT)] if status == 503 else [])
+
+
+async def _result(future: Future[Answer], receive: Receive) -> Answer:
+    """What the runtime answers; cancelled, so that its rows leave the queue, if the client goes away meanwhile.
+
+    Raises:
+        GoneError: the client went away.
+        ServingError: the runtime did not answer.
+    """
+    if not future.done():
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+
+        def settle() -> None:
+            if not woken.done():
+                woken.set_result(None)
+
+        def wake(_: Future[Answer]) -> None:
+            try:
+                loop.call_soon_threadsafe(settle)
+            except RuntimeError:
+                log.debug("an answer came after the event loop had been closed")
+
+        watcher = loop.create_task(_depart(receive, woken))
+        future.add_done_callback(wake)
+        try:
+            await woken
+        finally:  # also where the server is closing, and cancels us
+            watcher.cancel()
+            if not future.done():
+                future.cancel()
+        if woken.result() == "gone":
+            raise GoneError
+    try:
+        return future.result()
+    except CancelledError as error:
+        raise ClosedError("the server is closing, and dropped the request") from error
+
+
+async def _depart(receive: Receive, woken: asyncio.Future[str | None]) -> None:
+    """Wait until the client goes away."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    if not woken.done():
+        woken.set_result("gone")

@@ -1,0 +1,167 @@
+"""The bundles that a server has, by name: loaded, governed, swapped and let go."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from accelerando.errors import AccelerandoError, ClosedError, UnknownModelError
+from accelerando.serve.governed import GovernedModel
+from accelerando.server.repository import Entry
+
+log = logging.getLogger(__name__)
+LOOK_SECONDS = 2.0  # between two looks at a bundle's manifest
+
+
+class Shelf:
+    """A `Repository` of bundles.
+
+    Args:
+        bundles: folders by name.
+        govern: makes the model of a name and its folder.
+        watched: load a bundle anew when its manifest changes.
+
+    Raises:
+        AccelerandoError: a bundle can't be loaded; the others were let go.
+    """
+
+    def __init__(
+        self, bundles: Mapping[str, Path], govern: Callable[[str, Path], GovernedModel], watched: bool = False
+    ) -> None:
+        self._bundles, self._govern = dict(bundles), govern
+        self._models: dict[str, GovernedModel] = {}
+        self._goals: dict[str, str] = {}  # set since the start: a model that is loaded anew keeps its goal
+        self._why: dict[str, str] = {}
+        self._loading: set[str] = set()
+        self._lock = threading.Lock()  # for the dictionaries
+        self._changing = {name: threading.Lock() for name in bundles}  # one change of a model at a time
+        self._closing = threading.Event()
+        self._seen: dict[str, tuple[int, int]] = {}
+        try:
+            for name in bundles:
+                self.load(name)
+        except BaseException:
+            self.close()
+            raise
+        self._watcher = threading.Thread(target=self._watch, name="accelerando-reload", daemon=True)
+        if watched:
+            self._watcher.start()
+
+    # --- what there is ------------------------------------------------------------------------------------------
+
+    def find(self, name: str, version: str | None = None) -> GovernedModel:
+        """A model that is ready; see `Repository`."""
+        model = self._models.get(name)
+        if model is None:
+            self._know(name)
+            raise ClosedError(f"{name!r} is not loaded; load it first")
+        if version and version != str(model.version):
+            raise UnknownModelError(f"there is no version {version!r} of {name!r}; it is at {model.version}")
+        return model
+
+    def versions(self, name: str) -> tuple[str, ...]:
+        """The one version that answers."""
+        self._know(name)
+        model = self._models.get(name)
+        return (str(model.version),) if model else ()
+
+    def index(self) -> tuple[Entry, ...]:
+        """Every model, whether loaded or not."""
+        with self._lock:
+            return tuple(self._entry(name) for name in sorted(self._bundles))
+
+    def _entry(self, name: str) -> Entry:
+        model = self._models.get(name)
+        if model is not None and model.ready:
+            return Entry(name, str(model.version), "READY", self._why.get(name, ""))
+        if name in self._loading:
+            return Entry(name, "", "LOADING")
+        return Entry(name, "", "UNAVAILABLE", self._why.get(name, "unloaded"))
+
+    @property
+    def ready(self) -> bool:
+        """Whether all that is loaded answers, and it is not closing."""
+        with self._lock:
+            return not self._closing.is_set() and not self._loading - self._models.keys() and all(
+                model.ready for model in self._models.values()
+            )  # fmt: skip
+
+    def _know(self, name: str) -> None:
+        if name not in self._bundles:
+            there = ", ".join(map(repr, sorted(self._bundles))) or "none"
+            raise UnknownModelError(f"there is no model {name!r}; there are {there}")
+
+    # --- change -------------------------------------------------------------------------------------------------
+
+    def load(self, name: str, parameters: Mapping[str, object] | None = None) -> None:
+        """Load a model, or go over to what its folder holds by now; see `Repository`."""
+        self._know(name)
+        with self._changing[name]:
+            with self._lock:
+                self._loading.add(name)
+                old = self._models.get(name)
+            try:
+                self._seen[name] = self._stamp(name)
+                if old is not None:
+                    old.update(self._bundles[name])
+                else:
+                    model = self._govern(name, self._bundles[name])
+                    if name in self._goals:
+                        model.goal = self._goals[name]
+                    with self._lock:
+                        self._models[name] = model
+                self._why.pop(name, None)
+                log.info("loaded", extra={"model": name, "bundle": str(self._bundles[name])})
+            except AccelerandoError as error:
+                self._why[name] = f"it could not be loaded{' anew' if old else ''}: {error}"
+                raise
+            finally:
+                with self._lock:
+                    self._loading.discard(name)
+
+    def unload(self, name: str) -> None:
+        """Let a model go once what it has accepted is answered; see `Repository`."""
+        self._know(name)
+        with self._changing[name]:
+            with self._lock:
+                model = self._models.pop(name, None)
+            if model is not None:
+                model.close()
+                log.info("unloaded", extra={"model": name})
+
+    def set_goal(self, name: str, goal: str) -> None:
+        """Change a model's goal, from its next batch on; see `Repository`."""
+        self.find(name).goal = goal
+        self._goals[name] = goal
+        log.info("goal", extra={"model": name, "goal": goal})
+
+    def drain(self) -> None:
+        """Be ready no more; what comes is still answered."""
+        self._closing.set()
+
+    def close(self) -> None:
+        """Answer what was accepted, then let every model go."""
+        self._closing.set()
+        for name in list(self._models):
+            self.unload(name)
+
+    # --- hot reload ---------------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        while not self._closing.wait(LOOK_SECONDS):
+            for name in list(self._models):
+                if self._stamp(name) not in ((0, 0), self._seen[name]):  # one that vanished goes on from memory
+                    try:
+                        self.load(name)
+                    except AccelerandoError as error:
+                        log.warning("reload", extra={"model": name, "reason": str(error)})
+
+    def _stamp(self, name: str) -> tuple[int, int]:
+        """What changes when a manifest is replaced."""
+        try:
+            found = (self._bundles[name] / "manifest.json").stat()
+            return found.st_mtime_ns, found.st_ino
+        except OSError:
+            return 0, 0

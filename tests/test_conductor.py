@@ -1,0 +1,241 @@
+"""The executor: every request gets its own answer or its own reason, whatever happens to a batch."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from company import POISON, Script, Troupe, troupe
+
+from accelerando.errors import ClosedError, DeadlineError, OverloadedError, RowsError
+from accelerando.serve.governor import Decision, RungState, Signal
+from accelerando.serve.status import Stand
+
+WAIT = 30.0  # for what takes milliseconds on any machine
+
+
+class Stands:
+    """A governor that stands where it is told."""
+
+    def __init__(self, rung: int, rows: int = 1) -> None:
+        self.rung, self.rows = rung, rows
+
+    def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+        return Decision(self.rung, self.rows, signal.now, "it was told to")
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Any:
+    made: list[Troupe] = []
+
+    def one(*args: Any, **kwargs: Any) -> Troupe:
+        made.append(troupe(tmp_path / f"{len(made)}", *args, **kwargs))
+        return made[-1]
+
+    yield one
+    for each in made:
+        each.close()
+
+
+def hold(held: Troupe, rung: int) -> tuple[threading.Event, Any]:
+    """Keep the executor busy on a rung: the gate that lets it go on, and the request that it is busy with."""
+    script = held.scripts[rung]
+    script.gate = threading.Event()
+    script.calls.clear()
+    ticket = held.ask()
+    while not script.calls:
+        time.sleep(0.001)
+    return script.gate, ticket
+
+
+def numbered(count: int) -> list[np.ndarray[Any, Any]]:
+    return [np.full((1 + i % 3, 4), float(i), np.float32) for i in range(count)]
+
+
+@pytest.mark.parametrize("rows", [1, 8, 64])
+def test_every_row_goes_back_to_its_own_caller(make: Any, rows: int) -> None:
+    held = make(governor=Stands(1, rows))
+    requests = numbered(40)
+    tickets = [held.ask(leaf) for leaf in requests]
+    for leaf, ticket in zip(requests, tickets, strict=True):
+        (answer,) = ticket.future.result(WAIT).leaves
+        assert answer.shape == (len(leaf), 3)
+        np.testing.assert_array_equal(answer, np.full((len(leaf), 3), leaf[0, 0]))
+    assert max(held.scripts[1].calls) <= max(rows, 3)
+
+
+def test_what_waits_together_is_answered_together(make: Any) -> None:
+    held = make(governor=Stands(1, 8))
+    gate, first = hold(held, 1)
+    tickets = [held.ask() for _ in range(8)]
+    gate.set()
+    assert first.future.result(WAIT).why.rows == 1
+    assert [t.future.result(WAIT).why.rows for t in tickets] == [8] * 8
+
+
+def test_a_request_of_more_rows_than_a_batch_goes_piece_by_piece(make: Any) -> None:
+    held = make()
+    leaf = np.arange(150 * 4, dtype=np.float32).reshape(150, 4)
+    (answer,) = held.ask(leaf).future.result(WAIT).leaves
+    np.testing.assert_allclose(answer[:, 0], leaf.mean(1))
+    assert max(held.scripts[0].calls) <= 64
+
+
+def test_only_the_poisonous_request_of_a_batch_fails(make: Any) -> None:
+    held = make(governor=Stands(2, 8))
+    gate, first = hold(held, 2)
+    fine, bad = [held.ask(leaf) for leaf in numbered(6)], held.ask(np.full((1, 4), POISON, np.float32))
+    gate.set()
+    assert first.future.result(WAIT)
+    for i, ticket in enumerate(fine):
+        assert ticket.future.result(WAIT).leaves[0][0, 0] == i
+    with pytest.raises(RowsError, match="a poisonous row"):
+        bad.future.result(WAIT)
+    assert held.conductor.tally.requests["failed"] == 1
+    assert held.ask().future.result(WAIT)
+
+
+def test_a_rung_that_raises_is_given_up_and_nothing_is_lost(make: Any) -> None:
+    held = make()
+    broken = held.scripts[0]
+    assert held.ask().future.result(WAIT).why.rung == 0
+    broken.error = RuntimeError("out of order")
+    answers = [held.ask().future.result(WAIT) for _ in range(6)]
+    assert {a.why.rung for a in answers} <= {1, 2}
+    assert any("out of order" in a.why.reason for a in answers)
+    assert held.residents[0].state == "failed"
+    assert "3 times in a row" in held.residents[0].why
+    assert broken.closed == 1
+
+
+def test_a_dead_request_is_told_so_while_a_long_batch_runs(make: Any) -> None:
+    held = make(governor=Stands(2))
+    gate, blocking = hold(held, 2)
+    hurried = held.ask(seconds=0.05)
+    with pytest.raises(DeadlineError, match="nothing was computed"):
+        hurried.future.result(WAIT)
+    assert not blocking.future.done()
+    gate.set()
+    assert blocking.future.result(WAIT)
+
+
+def test_a_caller_that_gives_up_leaves_the_queue(make: Any) -> None:
+    held = make(governor=Stands(2))
+    gate, blocking = hold(held, 2)
+    gone, stays = held.ask(3), held.ask(2)
+    assert gone.future.cancel()
+    assert held.conductor.waiting_rows == 2
+    gate.set()
+    assert stays.future.result(WAIT)
+    assert blocking.future.result(WAIT)
+    assert sum(held.scripts[2].calls) == 3
+    assert held.conductor.tally.requests["cancelled"] == 1
+
+
+def test_what_can_not_be_in_time_is_refused_at_once(make: Any) -> None:
+    held = make([Script(0.05), Script(0.05), Script(0.05)])
+    with pytest.raises(OverloadedError, match="even the fastest rung"):
+        held.ask(seconds=0.001)
+    assert held.conductor.tally.requests["refused"] == 1
+
+
+def test_a_full_queue_refuses(make: Any) -> None:
+    held = make(governor=Stands(2), waiting_rows=5)
+    gate, running = hold(held, 2)
+    held.ask(4)
+    with pytest.raises(OverloadedError, match="wait already"):
+        held.ask(2)
+    gate.set()
+    assert running.future.result(WAIT)
+
+
+def test_a_floor_is_kept(make: Any) -> None:
+    held = make(goal="p99 <= 30s", drops=(0.0, 0.1, 0.3))
+    best = max(s.quality for s in held.residents.states)
+    answer = held.ask(floor=best - 0.01).future.result(WAIT)
+    assert answer.why.rung == 0
+    with pytest.raises(OverloadedError, match="asks for a quality"):
+        held.ask(floor=best + 0.01).future.result(WAIT)
+
+
+def test_the_mean_quality_never_falls_below_the_goal(make: Any) -> None:
+    """Under pressure it takes the fast rung only for as long as the better one has earned it; the rest is refused."""
+    slow, fast = Script(0.004), Script(0.0005)
+    held = make([slow, slow, fast], drops=(0.0, 0.0, 0.3), goal="p99 <= 40ms, drop <= 10%")
+    wanted = held.conductor.company.aims.quality
+    promised = {s.number: s.quality for s in held.residents.states}
+    assert promised[2] < wanted < promised[0]
+    tickets = []
+    for _ in range(400):
+        try:
+            tickets.append(held.ask(seconds=0.04))
+        except OverloadedError:
+            time.sleep(0.001)
+    answers = []
+    for ticket in tickets:
+        try:
+            answers.append(ticket.future.result(WAIT))
+        except (OverloadedError, DeadlineError):
+            continue
+    assert answers
+    assert np.mean([promised[a.why.rung] for a in answers]) >= wanted - 1e-9
+
+
+def test_a_waiting_caller_runs_its_own_request_where_nobody_is_served(make: Any) -> None:
+    held = make()
+    now = time.monotonic()
+    from accelerando.serve.tickets import Ticket
+
+    ticket = Ticket([np.ones((2, 4), np.float32)], 2, now, math.inf)
+    answer = held.conductor.answer(ticket)
+    np.testing.assert_array_equal(answer.leaves[0], np.ones((2, 3)))
+    assert held.conductor.tally.requests["answered"] == 1
+
+
+def test_many_threads_get_their_own_answers(make: Any) -> None:
+    from accelerando.serve.tickets import Ticket
+
+    held = make()
+    wrong: list[Any] = []
+
+    def client(value: float) -> None:
+        for _ in range(100):
+            now = time.monotonic()
+            answer = held.conductor.answer(Ticket([np.full((1, 4), value, np.float32)], 1, now))
+            if answer.leaves[0][0, 0] != value:
+                wrong.append(answer)
+
+    clients = [threading.Thread(target=client, args=(float(i),)) for i in range(8)]
+    for one in clients:
+        one.start()
+    for one in clients:
+        one.join()
+    assert not wrong
+    assert held.conductor.tally.requests["answered"] == 800
+    assert held.conductor.waiting_rows == 0
+
+
+def test_closing_answers_what_was_accepted_and_takes_no_more(make: Any) -> None:
+    held = make([Script(0.002)] * 3)
+    tickets = [held.ask() for _ in range(20)]
+    held.conductor.close()
+    assert all(t.future.result(0) for t in tickets)
+    with pytest.raises(ClosedError):
+        held.ask()
+
+
+def test_the_stands_tell_where_it_stood_and_why(make: Any) -> None:
+    governor = Stands(0)
+    held = make(governor=governor)
+    held.ask().future.result(WAIT)
+    governor.rung = 2
+    held.ask().future.result(WAIT)
+    assert [s.rung for s in held.conductor.stands] == [0, 2]
+    assert all(isinstance(s, Stand) and s.why for s in held.conductor.stands)
+    assert held.conductor.tally.switches == 1
+    assert held.conductor.standing == 2
