@@ -28,8 +28,9 @@ from accelerando.trial import Evidence, Refused, Trial
 STEP = 1.5  # how much faster each level is than the one before, where speed is what is wanted
 LEAST_STEP = 1.12  # less is not worth a lesson
 SLACK = 0.98  # speeds closer than this count as one
-AIM = 1.12  # how far beyond the wanted speed to cut: the low end of an interval must reach it
-WINDOW = 1.12  # a shape this much faster than wanted was cut deeper than it need be
+AIM = 1.1  # how far beyond the wanted speed to cut: the low end of an interval must reach it
+WINDOW = 1.08  # a shape this much faster than that was cut deeper than it need be, and will heal worse for it
+DISTURBED = 1.3  # times the original's usual call: in such a minute nothing is measured well
 WIDTH, SECONDS_EACH = 4, 200  # shapes of the first level at most, if there is so much time for each; later half as many
 CUTS_EACH = 2  # cuts that are measured for each shape that a level may have, where there is one at all
 DEEPER = 2.0  # times that one cut of a direction may be deeper than the last: a gain in the noise says little
@@ -113,6 +114,8 @@ class Cuts:
             return None
         if shapes and sum(self._is_cut(t, level) for t in self.history.last.values()) >= CUTS_EACH * width:
             return None  # time for lessons
+        if again := next((t for t in self.history.last.values() if self._worth_another_look(t, level)), None):
+            return Proposal(again.recipe, "the machine was much slower than usual while it was measured")
         for direction in self._directions(level, width):
             tried = self._cuts(level, direction)
             if any(self._in_window(t, level) for t in tried) or len(tried) >= TRIES or self._hopeless(level, direction):
@@ -152,6 +155,15 @@ class Cuts:
         cut = front[len(level.front) :]
         return front[: len(level.front)] == level.front and bool(cut) and all(s.stage is Stage.SHAPE for s in cut)
 
+    def _worth_another_look(self, trial: Trial, level: Level) -> bool:
+        """Whether a cut was measured in a bad minute, and not twice yet."""
+        seen = sum(t.recipe.key == trial.recipe.key for t in self.history.trials)
+        return self._is_cut(trial, level) and self._disturbed(trial) and seen < 2
+
+    def _disturbed(self, trial: Trial) -> bool:
+        evidence = trial.evidence
+        return evidence is not None and evidence.original_latency().mid > DISTURBED * self.history.usual_seconds
+
     def _cuts(self, level: Level, direction: Direction) -> list[Trial]:
         """What was cut in a direction from the level's front and could be timed."""
         found = []
@@ -171,7 +183,9 @@ class Cuts:
         """The speedup as far as it was measured, 0.0 where it was not; for a cut, what it was after its lessons too."""
         front, tail = front_of(trial.recipe), tail_of(trial.recipe)
         taught = self.lessons_after(front) if front and front[-1].stage is Stage.SHAPE else []
-        return min([self._own_speed(trial), *(self._own_speed(t) for t in taught if tail_of(t.recipe) == tail)])
+        seen = [trial, *(t for t in taught if tail_of(t.recipe) == tail and t.evidence)]
+        seen = [t for t in seen if not self._disturbed(t)] or seen
+        return min(map(self._own_speed, seen))
 
     def _own_speed(self, trial: Trial) -> float:
         """Half way between the ratio and the clock, in logarithms.

@@ -85,7 +85,9 @@ class Slowdown:
             self._last_far = 0.0
             self._mean += self.weight * off
             self._variance += self.weight * (off * off - self._variance)
-        elif self._last_far * off > 0:  # the second in a row: not a stall, another machine; both of them say where it is
+        elif (
+            self._last_far * off > 0
+        ):  # the second in a row: not a stall, another machine; both of them say where it is
             self._mean += math.copysign(min(abs(off), abs(self._last_far)), off)
             self._last_far = 0.0
         else:

@@ -139,7 +139,7 @@ class Governor:
 
     dwell: float = 0.25
     horizon: float = 0.5
-    wait: float = 0.5
+    wait: float = 0.6
     block: float = 0.5
     gain: float = 1.2
     allowance: float = 0.0
@@ -237,7 +237,7 @@ class Governor:
 
 STEADY = Governor(dwell=0.5)
 BALANCED = Governor(dwell=0.25)
-RESPONSIVE = Governor(dwell=0.0)
+RESPONSIVE = Governor(dwell=0.0, wait=0.4)  # it has no dwell to keep something in hand for the next burst
 PRESETS: Mapping[str, Governor] = {"steady": STEADY, "balanced": BALANCED, "responsive": RESPONSIVE}
 
 
@@ -339,7 +339,9 @@ def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> s
         return "no rung is ready"
     if able:
         needed, fastest = min((r.seconds(rows) * signal.slowdown, r.number) for r in able)
-        return f"its deadline is in {_ms(slack)}, but the fastest rung that may answer it, {fastest}, takes {_ms(needed)}"
+        return (
+            f"its deadline is in {_ms(slack)}, but the fastest rung that may answer it, {fastest}, takes {_ms(needed)}"
+        )
     if all(r.most_rows < rows for r in ready):
         return f"it has {rows} rows, but no rung takes more than {max(r.most_rows for r in ready)} at once"
     best = max(r.quality for r in ready if r.most_rows >= rows)

@@ -87,6 +87,8 @@ class Apart:
             self._kill()
 
     def _begin(self, key: str) -> None:
+        if self._closed:
+            raise LostError("the process of the rungs was ended")
         if self._process is None:
             self._spawn()
         self._ask(("start", key), START_SECONDS)

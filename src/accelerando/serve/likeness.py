@@ -24,6 +24,7 @@ from accelerando.trial import Evidence
 RIGHT_OR_WRONG = ("accuracy", "accuracy-at-half", "f1", "mean-iou")
 ERRORS = ("mae", "mse", "rmse", "r2")
 SPREADS = 2.0  # standard deviations of the stored answers: errors as large as that count as nothing alike
+MANY_ROWS = 30  # so many stored rows are asked even where the scores promise something
 SAME_SAMPLES = 0.99  # of the original's scores must be the same in two duels, or their samples are not the same
 
 
@@ -66,20 +67,41 @@ class Likeness:
         Args:
             miss: the chance that the promise is too high.
         """
+        seen, stored = self._by_scores(rung, reference), self._by_stored_rows(rung, reference)
+        many = stored is not None and len(stored) >= MANY_ROWS
+        if seen is not None and many:
+            miss /= 2  # the greater of two bounds counts
+        split = self._bundle.ladder.rungs[rung].evidence.split
+        bounds = [
+            Promise(least_mean(values, miss), grounds)
+            for values, grounds, wanted in (
+                (seen, f"{0 if seen is None else len(seen)} samples of the {split} split", True),
+                (stored, f"{0 if stored is None else len(stored)} stored rows", many or seen is None),
+            )
+            if values is not None and len(values) and wanted
+        ]
+        best = max(bounds, key=lambda promise: promise.least, default=None)
+        return best if best and best.least > 0 else None
+
+    def _by_scores(self, rung: int, reference: int) -> Floats | None:
+        """How alike the answers to each certified sample were at least, (n,)."""
         rungs = self._bundle.ladder.rungs
         mine, other = rungs[rung].evidence, rungs[reference].evidence
-        if _same_samples(mine, other):
-            ours, theirs = self._distances(mine.scores), self._distances(other.scores)
-            if ours is not None and theirs is not None:
-                least = least_mean(np.clip(1 - ours - theirs, 0.0, 1.0), miss)
-                return Promise(least, f"{len(ours)} samples of the {mine.split} split") if least > 0 else None
-        parity = self._parity
-        stored = parity and [parity.rungs.get(rungs[number].recipe.key) for number in (rung, reference)]
-        if not parity or not stored or stored[0] is None or stored[1] is None:
+        if not _same_samples(mine, other):
             return None
-        distinct = _distinct(parity.inputs)
-        alike = self([x[distinct] for x in stored[0]], [x[distinct] for x in stored[1]])
-        return Promise(least_mean(alike, miss), f"{len(distinct)} stored rows") if len(distinct) else None
+        ours, theirs = self._distances(mine.scores), self._distances(other.scores)
+        return None if ours is None or theirs is None else np.clip(1 - ours - theirs, 0.0, 1.0)
+
+    def _by_stored_rows(self, rung: int, reference: int) -> Floats | None:
+        """How alike the stored answers are, (n,)."""
+        if self._parity is None:
+            return None
+        rungs = self._bundle.ladder.rungs
+        ours, theirs = (self._parity.rungs.get(rungs[number].recipe.key) for number in (rung, reference))
+        if ours is None or theirs is None:
+            return None
+        distinct = _distinct(self._parity.inputs)
+        return self([x[distinct] for x in ours], [x[distinct] for x in theirs])
 
     def _primary(self, leaves: Sequence[Array]) -> Array:
         return primary(self._bundle.signature.answer(leaves))

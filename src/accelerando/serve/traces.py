@@ -266,9 +266,7 @@ def _unit_arrivals(expected: float, cv2: float, seed: int) -> Floats:
     return arrivals[arrivals <= expected]
 
 
-def _under(
-    ends: Floats, left: Floats, right: Floats, seconds: float, cv2: float, seed: int, name: str
-) -> Trace:
+def _under(ends: Floats, left: Floats, right: Floats, seconds: float, cv2: float, seed: int, name: str) -> Trace:
     """Arrivals under a rate that goes from `left` to `right` in each stretch: a process of rate 1 with its time warped.
 
     The integral of the rate is taken on a fine grid and turned round.
@@ -299,5 +297,7 @@ def _make(kind: str, text: str) -> Trace:
         if not (0 <= given[name] < 1e9 and (given[name] > 0 or name in ("seed", "low", "high"))):
             raise UsageError(f"{name} of {kind} must be a number above 0, but is {figure}")
     if missing := [name for name in needed if name not in given]:
-        raise UsageError(f"{kind} needs {', '.join(missing)} too, as in '{kind}({', '.join(f'{n}=1' for n in needed)})'")
+        raise UsageError(
+            f"{kind} needs {', '.join(missing)} too, as in '{kind}({', '.join(f'{n}=1' for n in needed)})'"
+        )
     return MADE[kind](**given)

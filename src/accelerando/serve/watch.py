@@ -39,15 +39,11 @@ class Verdict:
     Args:
         rung: its number.
         quarantine: it must not answer any more; `why` in words, empty else.
-        agreement: the mean likeness of its answers to the reference's; None where the reference itself is at fault.
-        least: what its certificate promises of that; None where that is not known, and it is never quarantined.
     """
 
     rung: int
-    quarantine: bool
-    why: str
-    agreement: Interval | None
-    least: float | None
+    quarantine: bool = False
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,8 +137,8 @@ class Watch:
     def audit(self, run_best: Run, best: int | None = None) -> Verdict | None:
         """Audit the request that has waited longest; None where none waits.
 
-        Before a rung is quarantined the reference answers the stored rows: where it does so otherwise than when it
-        was certified, the verdict is on the reference, and what was held against the others is forgotten.
+        Before a rung is quarantined the reference answers the stored rows (`recheck`): where it does so otherwise than
+        when it was certified, the verdict is on the reference, and what was held against the others is forgotten.
 
         Args:
             run_best: the reference rung, flat inputs to flat outputs.  What it raises is passed on, and the request
@@ -164,16 +160,38 @@ class Watch:
             self.audited += 1
             track = self._track(item.rung)
             track.sequence.observe(float(alike.mean()))
-            interval, promise = track.sequence.interval(), track.promise
-            bad = promise is not None and track.sequence.below(promise.least)
-        if not bad or promise is None:
-            return Verdict(item.rung, False, "", interval, promise.least if promise else None)
-        if fault := self._fault(run_best):
+            promise = track.promise
+            if promise is None or not track.sequence.below(promise.least):
+                return Verdict(item.rung)
+            why = self._why(track.sequence, promise)
+        if fault := self.recheck(reference, run_best):
             return fault
         with self._lock:
             self._quarantined.add(item.rung)
             self._keep(lambda other: other.rung != item.rung)
-        return Verdict(item.rung, True, self._why(track.sequence.count, interval, promise), interval, promise.least)
+        return Verdict(item.rung, True, why)
+
+    def recheck(self, rung: int, run: Run) -> Verdict | None:
+        """Ask a rung the stored rows: a verdict where it answers otherwise than when it was certified, else None.
+
+        It needs no audits, and sees a changed weight at once; it does not see that the requests have changed.
+
+        Args:
+            run: the rung, flat inputs to flat outputs; what it raises is passed on.
+        """
+        key = self._bundle.ladder.rungs[rung].recipe.key
+        if self._parity is None or key not in self._parity.rungs:
+            return None
+        wrong = self._parity.deviation(key, list(run(list(self._parity.inputs))))
+        if wrong is None:
+            return None
+        with self._lock:
+            self._tracks = {pair: track for pair, track in self._tracks.items() if pair[0] != rung}
+            self._quarantined.add(rung)
+            self._keep(lambda item: item.rung != rung)
+        return Verdict(
+            rung, True, f"it answers the stored rows otherwise than when it was certified: {wrong}; load it again"
+        )
 
     def agreement(self, rung: int) -> Interval | None:
         """How alike a rung's answers are to the reference's, by 95 % at all times; None before its first audit."""
@@ -213,28 +231,10 @@ class Watch:
         self._queue = deque(filter(wanted, self._queue))
         self._bytes = sum(item.bytes for item in self._queue)
 
-    # --- words ---
-
-    def _fault(self, run_best: Run) -> Verdict | None:
-        """The verdict on the reference, where it does not answer the stored rows as it once did."""
-        key = self._bundle.ladder.rungs[self.reference].recipe.key
-        if self._parity is None or key not in self._parity.rungs:
-            return None
-        wrong = self._parity.deviation(key, list(run_best(list(self._parity.inputs))))
-        if wrong is None:
-            return None
-        with self._lock:
-            self._tracks = {pair: track for pair, track in self._tracks.items() if self.reference not in pair}
-            self._quarantined.add(self.reference)
-        why = (
-            f"rung {self.reference}, with which the others are compared, answers the stored rows otherwise than when "
-            f"it was certified: {wrong}; load it again, and compare with another rung until then"
-        )
-        return Verdict(self.reference, True, why, None, None)
-
-    def _why(self, count: int, found: Interval, promise: Promise) -> str:
+    def _why(self, sequence: ConfidenceSequence, promise: Promise) -> str:
+        found = sequence.interval()
         return (
-            f"in {count} audited requests its answers were {found.mid:.1%} like those of rung {self.reference} "
+            f"in {sequence.count} audited requests its answers were {found.mid:.1%} like those of rung {self.reference} "
             f"({found.low:.1%} to {found.high:.1%}), but its certificate, by {promise.grounds}, promises at least "
             f"{promise.least:.1%}; either it is not what was certified, or the requests are unlike the data that it "
             f"was certified on: load it again, or make a bundle from data like these"

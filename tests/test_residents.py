@@ -1,0 +1,176 @@
+"""Rungs in memory: proven when loaded, pinned, evicted under a cap, and turned away with a reason."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from company import Script, ScriptedRunner, ladder_of
+
+from accelerando.bundle import Bundle
+from accelerando.errors import BundleError, UsageError
+from accelerando.ladder import Rung
+from accelerando.recipe import Runner
+from accelerando.serve import costs
+from accelerando.serve.costs import Cost
+from accelerando.serve.residents import VOTE_SECONDS, VOTES, Residents
+from accelerando.testing.bundles import write_bundle
+
+MB = 10**6
+
+
+def loaded(
+    bundle: Bundle, scripts: list[Script], cap: int | None = None, order: tuple[int, ...] = (2, 0, 1)
+) -> Residents:
+    def start(rung: Rung) -> Runner:
+        number = bundle.ladder.index(rung.recipe)
+        assert number is not None
+        script = scripts[number]
+        if script.error:
+            raise script.error
+        return ScriptedRunner(script)
+
+    residents = Residents(bundle, start, threading.Lock(), cap)
+    residents.begin(order, first=len(order))
+    return residents
+
+
+def states(residents: Residents) -> list[str]:
+    return [r.state for r in residents]
+
+
+@pytest.fixture
+def scripts() -> list[Script]:
+    return [Script() for _ in range(3)]
+
+
+def test_all_are_loaded_where_there_is_no_cap(tmp_path: Path, scripts: list[Script]) -> None:
+    residents = loaded(write_bundle(tmp_path / "b"), scripts)
+    assert states(residents) == ["ready"] * 3
+    residents.close()
+    assert [s.closed for s in scripts] == [1, 1, 1]
+
+
+def test_the_rest_is_loaded_behind_the_callers_back(tmp_path: Path, scripts: list[Script]) -> None:
+    bundle = write_bundle(tmp_path / "b")
+    residents = Residents(bundle, lambda rung: ScriptedRunner(scripts[0]), threading.Lock())
+    residents.begin((2, 0, 1), first=1)
+    assert residents[2].state == "ready"
+    for _ in range(3000):
+        if states(residents) == ["ready"] * 3:
+            break
+        time.sleep(0.01)
+    assert states(residents) == ["ready"] * 3
+    residents.close()
+
+
+def test_a_rung_that_answers_otherwise_than_certified_is_not_stood_on(tmp_path: Path, scripts: list[Script]) -> None:
+    bundle = write_bundle(tmp_path / "b")
+
+    class Perturbed(ScriptedRunner):
+        def __call__(self, leaves: Any) -> Any:
+            return [answer + np.float32(0.5) for answer in super().__call__(leaves)]
+
+    def start(rung: Rung) -> Runner:
+        return Perturbed(scripts[1]) if rung is bundle.ladder[1] else ScriptedRunner(scripts[0])
+
+    residents = Residents(bundle, start, threading.Lock())
+    residents.begin((2, 1, 0), first=3)
+    assert states(residents) == ["ready", "failed", "ready"]
+    assert "certified" in residents[1].why
+    assert scripts[1].closed == 1
+    assert 1 not in [s.number for s in residents.states]
+    residents.close()
+
+
+def test_a_rung_that_can_not_be_loaded_costs_nothing_else(tmp_path: Path, scripts: list[Script]) -> None:
+    scripts[2].error = RuntimeError("no such instruction")
+    residents = loaded(write_bundle(tmp_path / "b"), scripts)
+    assert states(residents) == ["ready", "ready", "failed"]
+    assert "no such instruction" in residents[2].why
+    residents.close()
+
+
+def test_where_none_can_be_loaded_it_says_why_of_each(tmp_path: Path, scripts: list[Script]) -> None:
+    for script in scripts:
+        script.error = RuntimeError("broken")
+    with pytest.raises(BundleError, match=r"no-rung.*rung 0: RuntimeError: broken"):
+        loaded(write_bundle(tmp_path / "b"), scripts)
+
+
+def capped(tmp_path: Path, peaks: tuple[int, int, int] = (60 * MB, 30 * MB, 25 * MB)) -> Bundle:
+    """Rungs that took these peaks when they were certified, all of one library of about 25 MB."""
+    bundle = ladder_of(write_bundle(tmp_path / "b"), (0.0, 0.01, 0.02))
+    rungs = tuple(
+        replace(r, evidence=replace(r.evidence, peak_bytes=peak)) for r, peak in zip(bundle.ladder, peaks, strict=True)
+    )
+    return replace(bundle, ladder=replace(bundle.ladder, rungs=rungs))
+
+
+def test_a_cap_keeps_rungs_out_and_what_is_shared_counts_once(tmp_path: Path, scripts: list[Script]) -> None:
+    residents = loaded(capped(tmp_path), scripts, cap=40 * MB)
+    assert states(residents) == ["out", "ready", "ready"]  # 25 for the library, some 0 and 5 for the two
+    assert "no room" in residents[0].why
+    residents.close()
+
+
+def test_a_cap_below_the_fastest_rung_is_refused(tmp_path: Path, scripts: list[Script]) -> None:
+    with pytest.raises(UsageError, match="allow more"):
+        loaded(capped(tmp_path), scripts, cap=20 * MB)
+
+
+def test_a_rung_that_is_missed_for_long_makes_room_for_itself(tmp_path: Path, scripts: list[Script]) -> None:
+    residents = loaded(capped(tmp_path), scripts, cap=62 * MB, order=(2, 1, 0))
+    assert states(residents) == ["out", "ready", "ready"]
+    for vote in range(VOTES * 2):
+        residents.missed(0, now=vote * 0.01)
+    assert states(residents) == ["out", "ready", "ready"]  # often enough, but not for long enough
+    residents.missed(0, now=VOTE_SECONDS + 1)
+    for _ in range(3000):
+        if residents[0].state == "ready":
+            break
+        time.sleep(0.01)
+    assert states(residents) == ["ready", "out", "ready"]  # the fastest is pinned
+    assert scripts[1].closed == 1
+    residents.close()
+
+
+def test_a_rung_that_was_turned_away_stays_away(tmp_path: Path, scripts: list[Script]) -> None:
+    residents = loaded(write_bundle(tmp_path / "b"), scripts)
+    residents.turn_away(1, "quarantined", "it disagrees")
+    assert residents[1].state == "quarantined"
+    assert not residents.load(1)
+    assert scripts[1].closed == 1
+    assert [s.number for s in residents.states if s.ready] == [0, 2]
+    residents.close()
+
+
+def test_costs_are_the_line_through_what_was_measured() -> None:
+    now = [0.0]
+
+    def run(leaves: Any) -> Any:
+        now[0] += 0.002 + 0.0005 * len(leaves[0])
+        return list(leaves)
+
+    cost = costs.measure(run, [np.ones((1, 4), np.float32)], 64, clock=lambda: now[0])
+    assert cost.fixed == pytest.approx(0.002)
+    assert cost.per_row == pytest.approx(0.0005)
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ([(1, 0.01)], Cost(0.0, 0.01)),
+        ([(8, 0.04)], Cost(0.0, 0.005)),
+        ([(1, 0.01), (2, 0.01), (4, 0.0099)], Cost(0.01, 0.0)),
+        ([(1, 0.001), (2, 0.003)], Cost(0.0, 0.00125)),
+    ],
+)
+def test_no_part_of_a_cost_is_negative(known: list[tuple[int, float]], expected: Cost) -> None:
+    cost = costs.fit(known)
+    assert (cost.fixed, cost.per_row) == pytest.approx((expected.fixed, expected.per_row))
