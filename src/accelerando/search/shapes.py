@@ -23,6 +23,7 @@ from accelerando.search.space import Space
 from accelerando.trial import Trial
 
 MOST_LESSONS = 3  # at a level that is not asked for; then a nearer one is tried
+FELT = 0.003  # relative drop by which quantizing is felt
 LONGER = 3  # how many times longer the next lesson is
 LESSON_SHARE = 1 / 20  # of the time to explore: the first lesson of a shape
 LONGEST_FIRST = 120  # seconds
@@ -91,11 +92,23 @@ class _Lessons:
             return None
         front, lesson = front_of(recipe), self._cuts.space.healers[0].with_knobs(seconds=seconds)
         if front[-1].stage is Stage.HEAL and "quantized" in lesson.knobs:  # it can do it again: now with fewer bits
-            lesson = lesson.with_knobs(quantized=any(s.stage is Stage.QUANTIZE for s in recipe.steps))
+            lesson = lesson.with_knobs(quantized=self._hurt_by_quantizing(recipe))
         taught = Recipe((*front, lesson, *recipe.steps[len(front) :]), recipe.backend)
         if any(map(partial(_goes_on, front), self._cuts.history.last.values())) or self._cuts.history.doomed(taught):
             return None
         return Proposal(taught, f"{why}, {seconds} s")
+
+    def _hurt_by_quantizing(self, recipe: Recipe) -> bool:
+        """Whether fewer bits cost the original quality: only then are steps with simulated ones worth their time."""
+        steps = [s.name for s in recipe.steps if s.stage is Stage.QUANTIZE]
+        alike = [
+            t.evidence.relative_drop.mid
+            for t in self._cuts.history.last.values()
+            if t.evidence
+            and not front_of(t.recipe)
+            and steps == [s.name for s in t.recipe.steps if s.stage is Stage.QUANTIZE]
+        ]
+        return bool(steps) and min(alike, default=0.0) > FELT
 
     def _first_lesson(self) -> int:
         return int(min(max(self._cuts.whole * LESSON_SHARE, SHORTEST_LESSON), LONGEST_FIRST))

@@ -108,7 +108,8 @@ class Practice:
         import torch
 
         torch.set_num_threads(pace.threads)
-        self._bf16, self.rows.batch = pace.bf16, pace.batch
+        self._bf16 = self._teacher.bf16 = pace.bf16
+        self.rows.batch = pace.batch
 
     def call(self, inputs: tuple[Any, ...]) -> Any:
         """The student's answer to flat inputs."""

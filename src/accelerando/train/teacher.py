@@ -30,6 +30,8 @@ class Teacher:
 
     def __init__(self, module: Any, signature: Signature, samples: Samples, folder: Path) -> None:
         self._module, self._signature, self._samples = module, signature, samples
+        self._images = any(type(m).__name__ == "Conv2d" for m in module.modules())
+        self.bf16 = False  # whether lessons may be told in it: where its products are native it takes half the time
         self.floats = [i for i, port in enumerate(signature.outputs) if port.dtype.startswith("float")]
         self.key = _key(module, samples)
         self._path = folder / f"{self.key}.safetensors"
@@ -45,7 +47,7 @@ class Teacher:
         if known is not None and known[batch.rows].all():
             names = [f"{batch.chunk}.{leaf}" for leaf in self.floats]
             return [torch.from_numpy(self._answers[n][batch.rows].astype(np.float32)) for n in names]
-        leaves = self.ask(batch.inputs)
+        leaves = self._tell(batch.inputs)
         self._remember(batch, leaves)
         return leaves
 
@@ -57,6 +59,16 @@ class Teacher:
             args, kwargs = self._signature.call(inputs)
             leaves, _ = flatten(self._module(*args, **kwargs))
         return [leaves[i].detach() for i in self.floats]
+
+    def _tell(self, inputs: tuple[Any, ...]) -> list[Any]:
+        """Its float outputs as lessons need them: to the digits that teach, and fast."""
+        import torch
+
+        if self._images:  # convolutions take the layout of what they are given
+            inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16):
+            leaves = self.ask(inputs)
+        return [leaf.float() for leaf in leaves]
 
     def keep(self) -> None:
         """Write what it answered to disk; where there is no room, the next lesson asks again."""
