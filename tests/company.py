@@ -124,5 +124,5 @@ def troupe(
     for script in found:
         script.calls.clear()
     aims = Aims.of(Goal.parse(goal), bundle.ladder)
-    conductor = Conductor(Company(residents, aims, watch, 1), governor, cores, waiting_rows)
+    conductor = Conductor(Company(residents, aims, watch, None, 1), governor, cores, waiting_rows)
     return Troupe(bundle, found, residents, conductor)

@@ -31,7 +31,9 @@ from accelerando.server.dashboard import Dashboard, Receive, Send
 
 MB = 1_000_000
 EMPTY = Histogram((0,) * (len(BUCKETS) + 1), 0.0)
-HOSTILE = "<script>document.body.dataset.owned = 'yes'</script><img src=x onerror=\"document.body.dataset.owned='yes'\">"
+HOSTILE = (
+    "<script>document.body.dataset.owned = 'yes'</script><img src=x onerror=\"document.body.dataset.owned='yes'\">"
+)
 LONG = (
     "drop_layers(share=0.35, healed=True) > distil(epochs=12, temperature=4.0, alpha=0.7) > merge_tokens(share=0.25) > "
     "quantize_nncf(preset=mixed, ignored_scope=attention.softmax.logits.and.all.that.follows.it, smooth=True) > "
@@ -39,7 +41,8 @@ LONG = (
 )
 RECIPES = [
     "eager", "export_onnx > onnxruntime", "export_onnx > fold > onnxruntime(threads=1)",
-    "export_onnx > quantize_dynamic > onnxruntime", "export_onnx > quantize_static(method=entropy) > onnxruntime(threads=1)",
+    "export_onnx > quantize_dynamic > onnxruntime",
+    "export_onnx > quantize_static(method=entropy) > onnxruntime(threads=1)",
     "drop_layers(share=0.5) > distil > quantize_static > onnxruntime",
 ]  # fmt: skip
 
@@ -97,7 +100,7 @@ def scenes() -> dict[str, Scene]:
         "one": Scene(ladder(1), lambda t: 30 + 10 * math.sin(t / 9), goal="latency <= 15ms", cap=None),
         "many": Scene(ladder(14), waves),
         "quarantined": Scene(
-            odd, waves, drift=("pixel 31 of x: mean 0.41, was 0.13 to 0.15 when it was measured", "x: 4 % of values clip")
+            odd, waves, drift=("pixel 31 of x: mean 0.41, was 0.13 to 0.15", "x: 4 % of values clip")
         ),
         "quiet": Scene(ladder(4), lambda t: 0.0),
         "overload": Scene(ladder(3), lambda t: 1900.0 + 200 * math.sin(t / 5), goal="throughput >= 2000/s, drop <= 1%"),
@@ -116,14 +119,15 @@ class Moving(FakeServed):
         super().__init__()
         self.scene, self.name, self.clock, self.shelf = scene, name, clock, shelf
         self.rng = np.random.default_rng(1)
-        self.last = clock()
+        self.first = self.last = clock()
         self.queue = 0.0
         first = next(r.number for r in scene.rungs if r.state == "ready")
         self.now = Status(
             name=name, version=1, goal=scene.goal, metric="accuracy", rungs=scene.rungs, standing=first,
             stands=(Stand(time.time(), first, "the start"),), queue_rows=0, rate=0.0, slowdown=1.0, utilisation=0.0,
             rows=0, answered=0, late=0, refused=0, expired=0, failed=0, cancelled=0, switches=0, attainment=1.0,
-            effective_quality=0.0, queued=EMPTY, computed=EMPTY, memory_bytes=0, memory_cap=scene.cap, drift=scene.drift,
+            effective_quality=0.0, queued=EMPTY, computed=EMPTY, memory_bytes=0, memory_cap=scene.cap,
+            drift=scene.drift,
         )  # fmt: skip
 
     def status(self) -> Status:
@@ -135,9 +139,9 @@ class Moving(FakeServed):
 
     def _after(self, seconds: float, now: float) -> Status:
         """One step: the best rung that can answer the load, and the requests that it answers."""
-        was, load = self.now, max(0.0, self.scene.load(now))
+        was, load = self.now, max(0.0, self.scene.load(now - self.first))
         ready = [r for r in was.rungs if r.state == "ready"]
-        slow = 1.02 + 0.03 * math.sin(now / 50)
+        slow = 1.02 + 0.03 * math.sin((now - self.first) / 50)
         rung = next((r for r in ready if r.seconds * load * slow < 0.62), ready[-1])
         capacity = 1 / (rung.seconds * slow)
         came = int(self.rng.poisson(load * seconds))
@@ -148,12 +152,15 @@ class Moving(FakeServed):
         works = rung.seconds * np.exp(0.12 * self.rng.standard_normal(done))
         late = int((waits + works > 0.02).sum())
         quality = was.effective_quality * was.rows + rung.quality.mid * (done - late)
-        why = self.scene.reason.format(rows=load, spare=1000 / max(load, 1)) if "{rows" in self.scene.reason else self.scene.reason
+        why = self.scene.reason
+        why = why.format(rows=load, spare=1000 / max(load, 1)) if "{rows" in why else why
         stood = rung.number != was.standing
         at = time.time() - (time.monotonic() - now)
         return dataclasses.replace(
             was,
-            rungs=tuple(dataclasses.replace(r, answered=r.answered + done * (r.number == rung.number)) for r in was.rungs),
+            rungs=tuple(
+                dataclasses.replace(r, answered=r.answered + done * (r.number == rung.number)) for r in was.rungs
+            ),
             standing=rung.number,
             stands=(*was.stands, Stand(at, rung.number, why))[-32:] if stood else was.stands,
             switches=was.switches + stood,
@@ -180,7 +187,7 @@ def added(histogram: Histogram, seconds: np.ndarray[Any, Any]) -> Histogram:
 
 
 class App:
-    """The dashboard and the one path by which it changes a goal; as the real server, behind a token where one is set."""
+    """The dashboard, and the path by which it changes a goal; behind a token where one is set."""
 
     def __init__(self, scene: str, token: str = "", history: float = 600.0, pace: float = 0.5) -> None:
         self.token = token
@@ -215,7 +222,10 @@ class App:
             await self.dashboard(scope, receive, send)
 
     async def _set_goal(self, name: str, receive: Receive, send: Send) -> None:
-        body = (await receive())["body"]
+        body, more = b"", True
+        while more:
+            message = await receive()
+            body, more = body + message.get("body", b""), message.get("more_body", False)
         try:
             goal = json.loads(body)["goal"]
             Goal.parse(goal)
@@ -236,7 +246,7 @@ async def reply(send: Send, status: int, data: Any) -> None:
 def served(app: App, port: int = 0) -> Iterator[str]:
     """The address of a server of the app, which runs in a thread."""
     server = uvicorn.Server(
-        uvicorn.Config(app, port=port, log_level="error", lifespan="off", timeout_graceful_shutdown=2)  # type: ignore[arg-type]
+        uvicorn.Config(app, port=port, log_level="error", lifespan="off", timeout_graceful_shutdown=2)
     )
     loops: list[asyncio.AbstractEventLoop] = []
 

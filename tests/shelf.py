@@ -149,8 +149,7 @@ class FakeServed:
             priority=priority,
         )
         with self._lock:
-            asked = {"leaves": leaves, "seconds": seconds, "min_quality": min_quality, "priority": priority}
-            self.asked.append(asked)
+            self.asked.append({"leaves": leaves, "seconds": seconds, "min_quality": min_quality, "priority": priority})
             self.tickets.append(ticket)
             if self.answers == "held":
                 self._held.append(ticket)

@@ -209,6 +209,67 @@ def run(
 
 
 @app.command()
+def serve(
+    bundles: Annotated[list[str], typer.Argument(help="bundles: FOLDER, or NAME=FOLDER")],
+    goal: Annotated[str | None, typer.Option(help='what is asked for, as in "p99 <= 20ms, drop <= 1%"')] = None,
+    host: Annotated[str, typer.Option(help="where to listen; the loopback unless told otherwise")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="of HTTP; 0 for any")] = 8000,
+    grpc_port: Annotated[int, typer.Option(help="of gRPC; 0 for any, -1 for none")] = 8001,
+    memory: Annotated[str | None, typer.Option(help='that the rungs of one model may hold, as in "200MB"')] = None,
+    governor: Annotated[str, typer.Option(help="steady, balanced or responsive")] = "balanced",
+    audit: Annotated[float, typer.Option(help="share of requests that the best rung is asked too")] = 0.01,
+    isolate: Annotated[bool, typer.Option(help="compute in a process of its own, which may crash")] = True,
+    watch: Annotated[bool, typer.Option(help="load a bundle anew when its folder changes")] = True,
+    tokens: Annotated[Path | None, typer.Option(help="file of bearer tokens, one a line; read when it changes")] = None,
+    certificate: Annotated[Path | None, typer.Option(help="PEM file, for TLS")] = None,
+    key: Annotated[Path | None, typer.Option(help="PEM file of the certificate's key")] = None,
+    max_body: Annotated[str, typer.Option(help="of one request")] = "64MiB",
+    log: Annotated[Path | None, typer.Option(help="file for the log, lines of JSON; else standard error")] = None,
+    traces: Annotated[str | None, typer.Option(help="OpenTelemetry collector, http://host:4318")] = None,
+) -> None:
+    """Serve bundles by the Open Inference Protocol (HTTP and gRPC), with a dashboard at /."""
+    _need("uvicorn", "httptools", "prometheus_client", "grpc", extra="serve")
+    from accelerando.server.command import Wishes, serve_bundles
+
+    serve_bundles(
+        bundles,
+        Wishes(
+            goal, host, port, grpc_port, memory, governor, audit, isolate, watch, tokens, certificate, key, max_body,
+            log, traces,
+        ),
+        typer.echo,
+    )  # fmt: skip
+
+
+@app.command()
+def simulate(
+    bundle: BundleArgument,
+    trace: Annotated[str, typer.Option(help='a trace file, or "gamma(rate=200, cv2=4, seconds=60)"')],
+    goal: Annotated[str | None, typer.Option(help="what is asked for; the bundle's own goal without it")] = None,
+    html: Annotated[Path | None, typer.Option(help="write the plot here")] = None,
+) -> None:
+    """Replay arrivals against the ladder's measured times, without running a model: what each policy would do."""
+    from accelerando.serve.simulation import run_simulation
+
+    _say(run_simulation(bundle, trace, goal, html))
+
+
+@app.command()
+def export(
+    bundle: BundleArgument,
+    into: Annotated[Path, typer.Argument(help="the folder to write")],
+    to: Annotated[str, typer.Option(help="triton, ovms or onnx")] = "onnx",
+    rung: Annotated[int | None, typer.Option(help="number of a rung; the best without it")] = None,
+) -> None:
+    """Write a rung as another server's model repository."""
+    from accelerando.bundle import Bundle
+    from accelerando.model_repository import export_bundle
+
+    for path in export_bundle(Bundle.open(bundle), to, into, rung):
+        _say(str(path))
+
+
+@app.command()
 def doctor() -> None:
     """Show this machine, the backends and techniques found, what is missing, and how to get it."""
     from accelerando.doctor import show
@@ -225,15 +286,15 @@ def _metric(name: str | None) -> Any:
     return find_target(name)
 
 
-def _need(*packages: str) -> None:
-    """Raises MissingExtraError, with the pip line, where the `optimize` extra is not installed."""
+def _need(*packages: str, extra: str = "optimize") -> None:
+    """Raises MissingExtraError, with the pip line, where a package of an extra is not installed."""
     from importlib.util import find_spec
 
     from accelerando.errors import MissingExtraError
 
     missing = [p for p in packages if find_spec(p) is None]
     if missing:
-        raise MissingExtraError(f"this needs {', '.join(missing)}: pip install 'accelerando[optimize]'")
+        raise MissingExtraError(f"this needs {', '.join(missing)}: pip install 'accelerando[{extra}]'")
 
 
 def _finish(result: Any, html: Path | None) -> None:

@@ -9,7 +9,6 @@ Everything is written beside its place, held against the bundle's stored rows, a
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -22,10 +21,12 @@ from typing import Any
 import numpy as np
 
 from accelerando.bundle import Bundle
+from accelerando.disk import NO_ROOM
 from accelerando.errors import BundleError, MissingExtraError, UsageError
 from accelerando.interval import Interval
 from accelerando.ladder import Rung
 from accelerando.parity import Parity
+from accelerando.plugins import StoredBackend
 from accelerando.signature import Array, Port
 
 TARGETS = ("triton", "ovms", "onnx")
@@ -109,35 +110,37 @@ def export_bundle(
     """
     bundle = bundle if isinstance(bundle, Bundle) else Bundle.open(bundle, hashes=False)
     folder = Path(folder)
+    name = _plain_name(bundle.path.resolve().name) if name is None else name
     if to not in TARGETS:
         raise UsageError(f"there is no target {to!r}; give one of {', '.join(TARGETS)}")
+    if name != _plain_name(name):
+        raise UsageError(f"a model's name must be of letters, digits, '_', '-' and '.', but is {name!r}")
     number = _number(bundle, rung)
-    if why := _why_not(bundle.ladder.rungs[number], to):
-        raise UsageError(
-            f"rung {number}, {bundle.ladder.rungs[number].recipe}, can't be exported: {why}; {_way_out(bundle, to)}"
-        )
+    chosen = bundle.ladder.rungs[number]
+    if why := _why_not(chosen, to):
+        raise UsageError(f"rung {number}, {chosen.recipe}, can't be exported: {why}; {_way_out(bundle, to)}")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UsageError(f"{folder} holds something already; give a folder that is empty or not there yet")
-    bundle.check_rung(bundle.ladder.rungs[number])
+    bundle.check_rung(chosen)
     beside = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         beside.mkdir(parents=True)
-        _write(bundle, number, to, beside, name or _plain_name(bundle.path.resolve().name))
+        _write(bundle, number, to, beside, name)
         if folder.exists():
             folder.rmdir()
         beside.replace(folder)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise BundleError("no-room", f"there is no room for {folder}: {error.strerror}; nothing was written") from error
+        if error.errno in NO_ROOM:
+            raise BundleError(
+                "no-room", f"there is no room for {folder}: {error.strerror}; nothing is written"
+            ) from error
+        raise UsageError(f"{folder} can't be written: {error}; nothing is written") from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _write(bundle: Bundle, number: int, to: str, root: Path, name: str) -> None:
-    if name != _plain_name(name):
-        raise UsageError(f"a model's name must be of letters, digits, '_', '-' and '.', but is {name!r}")
     rung = bundle.ladder.rungs[number]
     place = root if to == "onnx" else root / name / "1"
     place.mkdir(parents=True, exist_ok=True)
@@ -180,6 +183,8 @@ def _number(bundle: Bundle, rung: int | str | None) -> int:
 def _why_not(rung: Rung, to: str) -> str:
     """Why a rung can't go there; empty where it can."""
     backend = rung.recipe.backend.name
+    if isinstance(rung.recipe.backend, StoredBackend):
+        return rung.recipe.backend.why
     if backend not in FILES:
         return WHY_NOT.get(backend, f"files of the backend {backend} are known to this package only")
     if backend == "openvino" and to == "onnx":

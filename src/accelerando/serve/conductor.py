@@ -7,6 +7,7 @@ where nobody else is being served, which spares two changes of threads.
 
 from __future__ import annotations
 
+import logging
 import math
 import threading
 import time
@@ -28,11 +29,14 @@ from accelerando.serve.tickets import Answer, Explanation, Ticket
 from accelerando.signature import Array
 
 if TYPE_CHECKING:
+    from accelerando.serve.drift import Drift
     from accelerando.serve.watch import Watch
 
+log = logging.getLogger(__name__)
 STANDS = 100  # latest changes of rung that are remembered
 FAILURES = 3  # in a row, of requests that another rung then answered: the rung is given up
 SAVINGS = 1000  # rows whose surplus of quality the bank keeps: what was saved long ago is not spent today
+SLOW_SECONDS = 1.0  # in which what was seen of the machine's slowness loses two thirds of its weight
 WISH_SECONDS = 0.5  # how often it is asked whether a rung that is out would have been stood on
 
 
@@ -43,6 +47,7 @@ class Company:
     residents: Residents
     aims: Aims
     watch: Watch | None
+    drift: Drift | None
     version: int
     end: Callable[[], None] = lambda: None  # gives back what it holds
 
@@ -83,7 +88,7 @@ class Conductor:
         self._last: Decision | None = None
         self._bank = 0.0
         self._failures: Counter[int] = Counter()
-        self._asked_wish = -math.inf
+        self._asked_wish = self._observed = -math.inf
         self._busy_until = 0.0  # when what runs now should be done
         self._lock = threading.RLock()
         self._work, self._dead = threading.Condition(self._lock), threading.Condition(self._lock)
@@ -164,7 +169,7 @@ class Conductor:
             return
         rows = self._queue.rows_before(ticket.priority, ticket.deadline) + ticket.rows
         wait = max(self._busy_until - now, 0.0) if self._busy else 0.0
-        needed = wait + self._slowdown.factor() * self._seconds_for(rows)
+        needed = wait + self._slowness(now) * self._seconds_for(rows)
         if now + needed > ticket.deadline:
             self.tally.turned_away("refused", ticket.rows)
             raise OverloadedError(
@@ -180,6 +185,13 @@ class Conductor:
         whole, rest = divmod(rows, fastest.most_rows)
         alone = fastest.seconds(1) * rows  # where requests do not share batches
         return min(alone, whole * fastest.seconds(fastest.most_rows) + (fastest.seconds(rest) if rest else 0.0))
+
+    def _slowness(self, now: float) -> float:
+        """How much slower than usual calls are, as far as is known: what was seen fades while nothing runs.
+
+        Else a machine that was slow once would be thought so for ever, for nothing is admitted that could tell.
+        """
+        return float(self._slowdown.factor() ** math.exp(-(now - self._observed) / SLOW_SECONDS))
 
     def _forget(self, ticket: Ticket) -> None:
         """Its caller gave up: its rows leave the queue at once."""
@@ -203,6 +215,8 @@ class Conductor:
                 self._audit()
             elif decision is not None and tickets:
                 self._serve(tickets, decision)
+            if audit and self._company.drift is not None:
+                self._company.drift.look()
             self._rest()
 
     def _rest(self) -> None:
@@ -231,7 +245,7 @@ class Conductor:
     def _decide(self, queue: tuple[tuple[float, int, float], ...], rows: int) -> Decision:
         now, aims = self._clock(), self._company.aims
         signal = Signal(
-            now, rows, queue, self._rate.at(now), self._slowdown.factor(), aims.patience,
+            now, rows, queue, self._rate.at(now), self._slowness(now), aims.patience,
             math.inf if aims.quality == -math.inf else self._bank, aims.quality,
         )  # fmt: skip
         states, most = self._states, queue[0][1]
@@ -282,6 +296,7 @@ class Conductor:
         self._failures[number] = 0
         with self._lock:
             self._slowdown.observe(expected, end - start)
+            self._observed = end
             self.tally.worked(start, end)
             self.tally.batches += 1
         self._deliver(tickets, answers, decision, resident, start, end)
@@ -345,9 +360,19 @@ class Conductor:
                 resident.number, resident.text, rung.quality, start - ticket.arrived, end - start, rows, decision.why,
                 company.version,
             )  # fmt: skip
-            if company.watch is not None and company.watch.wants(resident.number):
-                company.watch.add(ticket.leaves, leaves, resident.number)
+            self._note(company, ticket, leaves, resident.number)
             ticket.future.set_result(Answer(leaves, why))
+
+    @staticmethod
+    def _note(company: Company, ticket: Ticket, leaves: list[Array], number: int) -> None:
+        """Keep what is to be looked at later; what goes wrong there is no caller's concern."""
+        try:
+            if company.watch is not None and company.watch.wants(number):
+                company.watch.add(ticket.leaves, leaves, number)
+            if company.drift is not None:
+                company.drift.observe(ticket.leaves)
+        except Exception as error:  # noqa: BLE001  as said
+            log.warning("the watch failed: %s", error)
 
     # --- between requests ---------------------------------------------------------------------------------------
 
@@ -368,18 +393,19 @@ class Conductor:
         assert company.watch is not None
         if best is None:
             return
-        resident = company.residents[best.number]
 
-        def run(leaves: Sequence[Array]) -> list[Array]:
+        def run(number: int, leaves: Sequence[Array]) -> list[Array]:
             with self._cores:
-                return self._run(resident, leaves)
+                return self._run(company.residents[number], leaves)
 
         try:
-            found = company.watch.audit(run)
-        except Exception:  # noqa: BLE001  a request that fails again was told to its caller; it is no news of a rung
+            found = company.watch.audit(lambda leaves: run(best.number, leaves), best=best.number, run=run)
+        except Exception as error:  # noqa: BLE001  a request that fails again was told to its caller: no news of a rung
+            log.debug("an audit failed: %s", error)
             return
         self.tally.audited += 1
         if found is not None and found.quarantine:
+            log.warning("quarantined", extra={"rung": found.rung, "reason": found.why})
             company.residents.turn_away(found.rung, "quarantined", found.why)
 
     def _bury(self) -> None:
@@ -424,7 +450,7 @@ class Conductor:
         """Rows that arrive per second, slow-down, utilisation: now."""
         with self._lock:
             now = self._clock()
-            return self._rate.at(now), self._slowdown.factor(), self.tally.utilisation(now)
+            return self._rate.at(now), self._slowness(now), self.tally.utilisation(now)
 
     def close(self) -> None:
         """Take no more requests, answer those that were accepted, and end the threads."""

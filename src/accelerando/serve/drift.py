@@ -67,6 +67,8 @@ class _Finding:
 class Drift:
     """Watches the inputs of one model; `observe` is cheap and for every request, `look` is for idle moments.
 
+    The two may be called by two threads; a row that comes while the other looks may be lost.
+
     Args:
         ports: the model's inputs; of more than 32 the first are watched.
         stored: the inputs of the bundle's stored rows, where it has some (`parity.inputs`).
@@ -103,7 +105,7 @@ class Drift:
         """What has drifted, a sentence each, where enough rows have come since the last look; else None."""
         if len(self._rows) < self._wanted:
             return None
-        rows, self._rows = self._rows, []
+        rows, self._rows = self._rows[: self._wanted], []  # another thread may be adding one
         columns = [[row[i] for row in rows] for i in range(len(self.ports))]
         if not self._usual:
             self._usual = [_usual(column) for column in columns]
@@ -167,7 +169,8 @@ class _Figures:
         self._floats, self._ids = kind == "f", kind in "iu" and port.dtype != "uint8"
         self._many = size != 1
         numbers = self._floats or port.dtype == "uint8"
-        self._picked = np.unique(np.linspace(0, size - 1, min(size, singles)).astype(int)) if numbers and size else []
+        places = np.linspace(0, size - 1, min(size, singles)).astype(int) if numbers and size else np.array([], int)
+        self._picked: list[int] = np.unique(places).tolist()
         self._axes = [i for i, length in enumerate(small) if len(small) > 1 and 2 <= length <= SHORT_AXIS]
 
         def place(index: int) -> str:
@@ -181,7 +184,7 @@ class _Figures:
             *([("the share of values that are not finite", True)] if self._floats else []),
             *([("the share of values never seen at first", True)] if self._ids else []),
             *((f"the mean at {j} of axis {i + 1}", True) for i in self._axes for j in range(small[i])),
-            *((place(int(index)), False) for index in self._picked),
+            *((place(index), False) for index in self._picked),
         ]
 
     def __call__(self, kept: _Row, usual: _Usual) -> list[float]:
@@ -202,7 +205,7 @@ class _Figures:
         for axis in self._axes:
             others = tuple(i for i in range(row.ndim) if i != axis)
             found += (clean.reshape(row.shape) / row.size * row.shape[axis]).sum(axis=others).tolist()
-        return found + clean[self._picked].tolist() if len(self._picked) else found
+        return found + clean[self._picked].tolist() if self._picked else found
 
 
 def _steps(shape: Sequence[int]) -> tuple[int, ...] | None:

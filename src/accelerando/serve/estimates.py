@@ -75,7 +75,7 @@ class Slowdown:
         self._last_far = 0.0  # how far beyond, where the last call was far off; its sign is the side
 
     def observe(self, predicted_seconds: float, observed_seconds: float) -> None:
-        """A call was predicted to take so long on a quiet machine, and took so long.  What is not above 0 is ignored."""
+        """A call was predicted to take so long on a quiet machine, and took so long; both above 0, or it is ignored."""
         if not (predicted_seconds > 0 and observed_seconds > 0):
             return
         seen = min(max(math.log(observed_seconds / predicted_seconds), BOUNDS[0]), BOUNDS[1])
@@ -85,9 +85,7 @@ class Slowdown:
             self._last_far = 0.0
             self._mean += self.weight * off
             self._variance += self.weight * (off * off - self._variance)
-        elif (
-            self._last_far * off > 0
-        ):  # the second in a row: not a stall, another machine; both of them say where it is
+        elif self._last_far * off > 0:  # the second in a row is no stall: the machine has changed
             self._mean += math.copysign(min(abs(off), abs(self._last_far)), off)
             self._last_far = 0.0
         else:

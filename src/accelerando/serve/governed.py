@@ -20,9 +20,9 @@ from accelerando.bundle import Bundle
 from accelerando.errors import ClosedError, DataError, DeadlineError, UsageError
 from accelerando.goal import Goal
 from accelerando.goal_text import BYTES, TIME, amount
-from accelerando.ladder import Rung
+from accelerando.ladder import Ladder, Rung
 from accelerando.recipe import Runner
-from accelerando.serve.aims import Aims, orientation
+from accelerando.serve.aims import Aims, orientation, promise
 from accelerando.serve.conductor import Company, Conductor
 from accelerando.serve.governor import PRESETS, Decides
 from accelerando.serve.isolation import Apart
@@ -33,6 +33,7 @@ from accelerando.serve.tickets import Answer, Explanation, Ticket
 from accelerando.signature import Array, Signature
 
 if TYPE_CHECKING:
+    from accelerando.serve.drift import Drift
     from accelerando.serve.watch import Watch
 
 
@@ -93,7 +94,7 @@ class GovernedModel:
         except BaseException:
             end()
             raise
-        return Company(residents, aims, _watch(bundle, terms.audit), version, end)
+        return Company(residents, aims, *_watch(bundle, terms.audit), version, end)
 
     # --- what is asked ------------------------------------------------------------------------------------------
 
@@ -207,8 +208,17 @@ class GovernedModel:
         now = time.monotonic()
         patience = company.aims.patience if seconds is None else seconds
         ladder = company.residents.bundle.ladder
-        floor = -math.inf if min_quality is None else orientation(ladder) * min_quality
+        floor = -math.inf if min_quality is None else self._floor(ladder, min_quality)
         return Ticket(leaves, rows, now, now + patience, floor, priority)
+
+    @staticmethod
+    def _floor(ladder: Ladder, quality: float) -> float:
+        """A wanted quality, oriented; one that no rung promises is a mistake, not a matter of load."""
+        floor = orientation(ladder) * quality
+        if floor > (best := max(promise(rung, ladder) for rung in ladder)):
+            promised = orientation(ladder) * best
+            raise DataError(f"a quality of {quality:g} was asked for, but no rung promises better than {promised:.4g}")
+        return floor
 
     def _shaped(self, answer: Answer, tensors: Sequence[Any]) -> Any:
         leaves: list[Any] = answer.leaves
@@ -289,6 +299,9 @@ class GovernedModel:
             memory_bytes=residents.memory,
             memory_cap=residents.cap,
             audited=tally.audited,
+            batches=tally.batches,
+            latest=tally.latest,
+            drift=company.drift.findings if company.drift else (),
         )
 
     def _rung_status(self, company: Company, number: int) -> RungStatus:
@@ -392,12 +405,15 @@ def _end(conductor: Conductor) -> None:
     conductor.company.end()
 
 
-def _watch(bundle: Bundle, share: float) -> Watch | None:
+def _watch(bundle: Bundle, share: float) -> tuple[Watch | None, Drift | None]:
+    """Who looks at a share of the answers, and at the inputs."""
     if share == 0:
-        return None
+        return None, None
+    from accelerando.serve.drift import Drift
     from accelerando.serve.watch import Watch
 
-    return Watch(bundle, share)
+    parity = bundle.parity
+    return Watch(bundle, share), Drift(bundle.signature.inputs, parity.inputs if parity else None)
 
 
 def _order(residents: Residents, aims: Aims) -> list[int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from accelerando.errors import UsageError
@@ -113,8 +113,7 @@ class Governor:
     1. its p95 for the head fits the head's slack;
     2. the rest stays feasible: were the other requests that `Signal.queue` shows then run in turn, each alone on the
        fastest ready rung that keeps its floor (in full batches where joining pays), at its usual cost, each would be
-       in time; and the rows that the queue does not show would be through within D.  Rows that are yet to come are
-       B's business, and the bank is not asked on their behalf;
+       in time.  Rows that are not shown, or yet to come, are B's business, and the bank is not asked on their behalf;
     3. it keeps the head's floor, and the bank bears it.
 
     If there is none: the fastest that keeps 3, if the head can be in time at all; else the head is refused.
@@ -139,7 +138,7 @@ class Governor:
 
     dwell: float = 0.25
     horizon: float = 0.5
-    wait: float = 0.6
+    wait: float = 0.4
     block: float = 0.5
     gain: float = 1.2
     allowance: float = 0.0
@@ -154,8 +153,7 @@ class Governor:
     def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
         """Where to stand for the next batch, after the `last` decision that named a rung."""
         if not signal.queue:
-            rung, since, pressed = (last.rung, last.since, last.pressed) if last else (None, signal.now, signal.now)
-            return Decision(rung, 0, since, "nothing waits", pressed)
+            return replace(last or Decision(None, 0, signal.now, "", signal.now), rows=0, why="nothing waits")
         slack, rows, floor = signal.queue[0]
         ready = [r for r in rungs if r.ready]
         able = [r for r in ready if r.quality >= floor and r.most_rows >= rows and self._bears(signal, r, rows)]
@@ -183,14 +181,13 @@ class Governor:
     def _limits(self, signal: Signal, ready: list[RungState]) -> _Limits:
         unit = signal.patience if signal.patience < math.inf else UNHURRIED
         load = max(signal.rows, signal.queue[0][1]) + signal.rate * self.horizon * unit
-        costs = {}
-        for r in ready:
-            full = self._full(signal, r)
-            costs[r.number] = (0.0, r.per_row + r.fixed / full) if full else (r.fixed, r.per_row)
-        return _Limits(signal, ready, costs, (self.wait + self.horizon) * unit / load)
+        full = {r.number: self._full(signal, r) for r in ready}
+        return _Limits(signal, ready, full, (self.wait + self.horizon) * unit / load)
 
     def _full(self, signal: Signal, rung: RungState) -> int:
         """How many rows a full batch of this rung holds; 0 where joining requests does not pay."""
+        if rung.fixed < (self.gain - 1) * rung.per_row:
+            return 0  # nor would it in a batch without end
         most, longest = rung.most_rows, self.block * signal.patience / (rung.tail * signal.slowdown)
         if rung.seconds(most) > longest:
             most = int((longest - rung.fixed) / rung.per_row) if rung.per_row > 0 else 0
@@ -199,8 +196,7 @@ class Governor:
     def _batch(self, signal: Signal, limits: _Limits, rung: RungState) -> int:
         """Rows of the next batch: the head's, and those of the next requests that fit, where joining pays."""
         rows = limits.rows
-        full = self._full(signal, rung) if signal.rows > rows else 0
-        if not full:
+        if signal.rows <= rows or not limits.full[rung.number]:
             return rows
         longest = min(limits.slack, self.block * signal.patience)
         for k, (_, more, floor) in enumerate(signal.queue[1:], 2):
@@ -211,7 +207,7 @@ class Governor:
             if not self._bears(signal, rung, joined):
                 return rows
             rows = joined
-        more = min(full, signal.rows)  # all that are shown fit: so do those behind them, whose deadlines are later
+        more = min(limits.full[rung.number], signal.rows)
         fits = rung.seconds(more) * rung.tail * signal.slowdown <= longest and self._bears(signal, rung, more)
         return max(rows, more) if fits else rows
 
@@ -237,7 +233,7 @@ class Governor:
 
 STEADY = Governor(dwell=0.5)
 BALANCED = Governor(dwell=0.25)
-RESPONSIVE = Governor(dwell=0.0, wait=0.4)  # it has no dwell to keep something in hand for the next burst
+RESPONSIVE = Governor(dwell=0.0)
 PRESETS: Mapping[str, Governor] = {"steady": STEADY, "balanced": BALANCED, "responsive": RESPONSIVE}
 
 
@@ -261,16 +257,15 @@ class _Limits:
     """What bounds the choice for one signal.
 
     Args:
-        costs: usual seconds of each ready rung where requests are many: for each request, and for each of its rows.
+        full: by rung, the rows of a full batch; 0 where joining does not pay.
         budget: what a row may cost, by the drain law.
     """
 
-    __slots__ = ("budget", "costs", "rows", "signal", "slack", "spare")
+    __slots__ = ("budget", "costs", "full", "rows", "signal", "slack", "spare")
 
-    def __init__(
-        self, signal: Signal, ready: list[RungState], costs: dict[int, tuple[float, float]], budget: float
-    ) -> None:
-        self.signal, self.costs, self.budget = signal, costs, budget
+    def __init__(self, signal: Signal, ready: list[RungState], full: dict[int, int], budget: float) -> None:
+        self.signal, self.full, self.budget = signal, full, budget
+        self.costs = {r.number: _shared(r, full[r.number]) for r in ready}
         self.slack, self.rows, _ = signal.queue[0]
         self.spare = self._look_behind(ready)
 
@@ -283,7 +278,7 @@ class _Limits:
         """[k]: how many seconds the first k requests may take so that those behind them are in time."""
         signal = self.signal
         fastest: dict[float, tuple[float, float]] = {}
-        ends, total, shown, once, each = [0.0], 0.0, 0, 0.0, 0.0
+        ends, total = [0.0], 0.0
         for _, rows, floor in signal.queue:
             if floor not in fastest:
                 keeping = [self.costs[r.number] for r in ready if r.quality >= floor]
@@ -291,10 +286,8 @@ class _Limits:
             once, each = fastest[floor]
             total += (once + each * rows) * signal.slowdown
             ends.append(total)
-            shown += rows
-        unseen = signal.rows - shown
-        least = signal.patience - total - each * unseen * signal.slowdown if unseen > 0 else math.inf
-        spare = [least + total]
+        least = math.inf
+        spare = [least]
         for k in range(len(signal.queue) - 1, -1, -1):
             latest = signal.queue[k][0] - ends[k + 1]  # when the queue must be begun for this one
             if latest < least:
@@ -314,14 +307,19 @@ class _Limits:
         most = rung.seconds(self.rows) * rung.tail * signal.slowdown
         if cost > self.budget:
             return (
-                f"{_ms(cost)} a row, and {signal.rows} rows waiting with {signal.rate:.3g} a second to come leave "
-                f"{_ms(self.budget)}"
+                f"{_time(cost)} a row, and {signal.rows} rows waiting with {signal.rate:.3g} a second to come leave "
+                f"{_time(self.budget)}"
             )
         if most > self.slack:
-            return f"up to {_ms(most)}, and the first deadline is in {_ms(self.slack)}"
+            return f"up to {_time(most)}, and the first deadline is in {_time(self.slack)}"
         if most > self.spare[1]:
-            return f"up to {_ms(most)}, and those that wait behind can spare {_ms(max(self.spare[1], 0.0))}"
-        return f"{_ms(cost)} a row"
+            return f"up to {_time(most)}, and those that wait behind can spare {_time(max(self.spare[1], 0.0))}"
+        return f"{_time(cost)} a row"
+
+
+def _shared(rung: RungState, full: int) -> tuple[float, float]:
+    """Usual seconds of a rung where requests are many: for each request, and for each of its rows."""
+    return (0.0, rung.per_row + rung.fixed / full) if full else (rung.fixed, rung.per_row)
 
 
 def _why(limits: _Limits, able: list[RungState], rung: RungState, target: RungState, dwell: float) -> str:
@@ -337,10 +335,12 @@ def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> s
     slack, rows, floor = signal.queue[0]
     if not ready:
         return "no rung is ready"
+    if slack <= 0:
+        return "its deadline has passed"
     if able:
         needed, fastest = min((r.seconds(rows) * signal.slowdown, r.number) for r in able)
         return (
-            f"its deadline is in {_ms(slack)}, but the fastest rung that may answer it, {fastest}, takes {_ms(needed)}"
+            f"its deadline is in {_time(slack)}, but the fastest rung that may answer, {fastest}, takes {_time(needed)}"
         )
     if all(r.most_rows < rows for r in ready):
         return f"it has {rows} rows, but no rung takes more than {max(r.most_rows for r in ready)} at once"
@@ -348,8 +348,8 @@ def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> s
     if best < floor:
         return f"it asks for a quality of {floor:.4g}, but no rung that is ready promises more than {best:.4g}"
     return (
-        f"answers are to have a quality of {signal.asked:.4g} in the mean; none of the rungs that keep its floor reaches "
-        f"that, and the {signal.bank:.3g} that better answers have earned do not bear it"
+        f"answers are to have a quality of {signal.asked:.4g} in the mean; none of the rungs that keep its floor "
+        f"reaches that, and the {signal.bank:.3g} that better answers have earned do not bear it"
     )
 
 
@@ -357,5 +357,5 @@ def _quality(rung: RungState) -> float:
     return rung.quality
 
 
-def _ms(seconds: float) -> str:
-    return f"{seconds * 1e3:.3g} ms"
+def _time(seconds: float) -> str:
+    return f"{seconds:.3g} s" if abs(seconds) >= 1 else f"{seconds * 1e3:.3g} ms"

@@ -40,8 +40,8 @@ def usual(rungs: Sequence[RungState]) -> tuple[Entrant, ...]:
     ready = [r.number for r in rungs if r.ready]
     return (
         *(Entrant(f"rung {n} always", Fixed(n), only=n) for n in ready),
-        Entrant("slack only (SlackFit)", SlackFit()),
-        Entrant("rate, every 10 s", RateController(), tau=10.0, every_arrival=True),
+        Entrant("slack only", SlackFit()),
+        Entrant("rate every 10 s", RateController(), tau=10.0, every_arrival=True),
         *(Entrant(f"governor, {name}", governor) for name, governor in PRESETS.items()),
     )
 
@@ -181,17 +181,17 @@ def _taut(arrivals: Floats, rows: Floats, patience: float) -> Floats:
         for j in range(k + 1, len(arrivals) + 1):
             down, up = (low[j] - time) / (at[j] - at[k]), (high[j] - time) / (at[j] - at[k])
             if down > most:
-                j, end = above, high[above]
+                turn, end = above, high[above]
                 break
             if up < least:
-                j, end = below, low[below]
+                turn, end = below, low[below]
                 break
             if down >= least:
                 least, below = down, j
             if up <= most:
                 most, above = up, j
         else:
-            j, end = len(arrivals), high[-1]
-        slopes += [(end - time) / (at[j] - at[k])] * (j - k)
-        k, time = j, end
+            turn, end = len(arrivals), high[-1]
+        slopes += [(end - time) / (at[turn] - at[k])] * (turn - k)
+        k, time = turn, end
     return np.array(slopes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
 from math import exp
@@ -19,6 +20,7 @@ class Tally:
         self.batches = 0
         self.switches = 0
         self.audited = 0
+        self.latest = 0.0  # when the last answer was given, seconds since the epoch
         self._promised = 0.0  # certified quality of rows that were answered in time, summed
         self._all_rows = 0
         self._queued, self._computed = _Counts(), _Counts()
@@ -27,6 +29,7 @@ class Tally:
     def answered(self, rung: int, quality: float, rows: int, queued: float, computed: float, late: bool) -> None:
         """One request was answered; seconds, and the certified quality of its rung."""
         self.requests["answered"] += 1
+        self.latest = time.time()
         self.rows += rows
         self.rows_of[rung] += rows
         self._all_rows += rows

@@ -90,7 +90,7 @@ class Trace:
 
     @property
     def cv2(self) -> float:
-        """Squared coefficient of variation of the gaps: 0 for a clock, 1 for Poisson; 0 for fewer than three requests."""
+        """Squared coefficient of variation of the gaps: 0 for a clock, 1 for Poisson."""
         gaps = np.diff(self.arrivals)
         return float(gaps.var() / gaps.mean() ** 2) if len(gaps) > 1 and gaps.mean() > 0 else 0.0
 

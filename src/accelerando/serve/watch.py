@@ -29,6 +29,7 @@ from accelerando.signature import Array
 SHARE = 0.01  # of the requests are audited
 ROWS = 4  # of a request at most: the best rung is slow, and whoever comes meanwhile must wait
 MOST, MOST_BYTES = 256, 64 * 2**20  # of requests that wait for their audit
+EVERY = 50  # audits of a rung: then it is asked the stored rows too
 Run = Callable[[list[Array]], Sequence[Array]]
 
 
@@ -134,7 +135,9 @@ class Watch:
         """How many requests wait for their audit."""
         return len(self._queue)
 
-    def audit(self, run_best: Run, best: int | None = None) -> Verdict | None:
+    def audit(
+        self, run_best: Run, best: int | None = None, run: Callable[[int, list[Array]], Sequence[Array]] | None = None
+    ) -> Verdict | None:
         """Audit the request that has waited longest; None where none waits.
 
         Before a rung is quarantined the reference answers the stored rows (`recheck`): where it does so otherwise than
@@ -144,6 +147,8 @@ class Watch:
             run_best: the reference rung, flat inputs to flat outputs.  What it raises is passed on, and the request
                 is not tried again.
             best: the number of that rung, where it may have changed; as `refer_to`.
+            run: any rung that is loaded, by its number; with it, the audited rung is asked the stored rows too, at its
+                first audit and at every 50th after it.
         """
         if best is not None:
             self.refer_to(best)
@@ -160,10 +165,13 @@ class Watch:
             self.audited += 1
             track = self._track(item.rung)
             track.sequence.observe(float(alike.mean()))
-            promise = track.promise
-            if promise is None or not track.sequence.below(promise.least):
-                return Verdict(item.rung)
-            why = self._why(track.sequence, promise)
+            due, promise = track.sequence.count % EVERY == 1, track.promise
+            low = promise is not None and track.sequence.below(promise.least)
+            why = self._why(track.sequence, promise) if low and promise else ""
+        if run is not None and due and (fault := self.recheck(item.rung, lambda leaves: run(item.rung, leaves))):
+            return fault
+        if not why:
+            return Verdict(item.rung)
         if fault := self.recheck(reference, run_best):
             return fault
         with self._lock:
@@ -189,9 +197,8 @@ class Watch:
             self._tracks = {pair: track for pair, track in self._tracks.items() if pair[0] != rung}
             self._quarantined.add(rung)
             self._keep(lambda item: item.rung != rung)
-        return Verdict(
-            rung, True, f"it answers the stored rows otherwise than when it was certified: {wrong}; load it again"
-        )
+        why = f"it answers the stored rows otherwise than when it was certified: {wrong}; load it again"
+        return Verdict(rung, True, why)
 
     def agreement(self, rung: int) -> Interval | None:
         """How alike a rung's answers are to the reference's, by 95 % at all times; None before its first audit."""
@@ -234,8 +241,8 @@ class Watch:
     def _why(self, sequence: ConfidenceSequence, promise: Promise) -> str:
         found = sequence.interval()
         return (
-            f"in {sequence.count} audited requests its answers were {found.mid:.1%} like those of rung {self.reference} "
-            f"({found.low:.1%} to {found.high:.1%}), but its certificate, by {promise.grounds}, promises at least "
-            f"{promise.least:.1%}; either it is not what was certified, or the requests are unlike the data that it "
-            f"was certified on: load it again, or make a bundle from data like these"
+            f"in {sequence.count} audited requests its answers were {found.mid:.1%} like those of rung "
+            f"{self.reference} ({found.low:.1%} to {found.high:.1%}), but its certificate, by {promise.grounds}, "
+            f"promises at least {promise.least:.1%}; either it is not what was certified, or the requests are unlike "
+            f"the data that it was certified on: load it again, or make a bundle from data like these"
         )

@@ -6,8 +6,6 @@ when it changes, so tokens are rotated by replacing it.  A file that is missing 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import hashlib
 import hmac
 import logging
@@ -20,10 +18,11 @@ from urllib.parse import urlsplit
 from accelerando.errors import UsageError
 from accelerando.server.exchange import App, Receive, Scope, Send, as_error
 
-OPEN = ("/v2/health/live", "/v2/health/ready")  # what watches a server has no token
+HEALTH = ("/v2/health/live", "/v2/health/ready")  # what watches a server has no token
+PAGES = ("/", "/docs")  # they hold no secret: each asks its reader for the token, and then the server for the rest
 SAFE = ("GET", "HEAD", "OPTIONS")
 MOST_TOKEN_BYTES = 2**20  # of the whole file
-CHALLENGES = ('Bearer realm="accelerando"', 'Basic realm="accelerando"')
+CHALLENGE = (b"www-authenticate", b'Bearer realm="accelerando"')
 log = logging.getLogger(__name__)
 
 
@@ -119,8 +118,7 @@ class Access:
         app: everything that the server offers.
         settings: `tokens` is the file; without one, everybody may come in.
 
-    Programs send `Authorization: Bearer TOKEN`.  A browser, which asks its user for a name and a password, sends the
-    token as the password of any name.
+    A token comes in the header `Authorization: Bearer TOKEN`.  Health and the pages themselves need none.
     """
 
     def __init__(self, app: App, settings: Settings) -> None:
@@ -135,7 +133,7 @@ class Access:
         headers = dict(scope["headers"])
         if foreign := self._foreign(scope, headers):
             return await _turn_away(scope, receive, send, 403, foreign)
-        if self.tokens is None or (scope["path"] in OPEN and scope.get("method") in SAFE):
+        if self.tokens is None or (scope.get("method") in SAFE and is_open(scope["path"])):
             return await self.app(scope, receive, send)
         if not self.tokens:
             return await _turn_away(scope, receive, send, 403, "the server has no valid tokens, so nobody is let in")
@@ -166,19 +164,15 @@ class Access:
         return f"a page of {origin.decode('latin-1')[:100]!r} may not change anything here"
 
 
+def is_open(path: str) -> bool:
+    """Whether a path may be read without a token."""
+    return path in HEALTH or path in PAGES or path.startswith("/dashboard/")
+
+
 def _token(given: bytes) -> bytes | None:
     """The token of an `Authorization` header."""
     scheme, _, rest = given.partition(b" ")
-    rest = rest.strip()
-    if scheme.lower() == b"bearer":
-        return rest or None
-    if scheme.lower() != b"basic":
-        return None
-    try:
-        _, colon, password = base64.b64decode(rest, validate=True).partition(b":")
-    except binascii.Error:
-        return None
-    return password if colon and password else None
+    return rest.strip() or None if scheme.lower() == b"bearer" else None
 
 
 async def _turn_away(scope: Scope, receive: Receive, send: Send, status: int, words: str) -> None:
@@ -186,5 +180,4 @@ async def _turn_away(scope: Scope, receive: Receive, send: Send, status: int, wo
         await receive()
         await send({"type": "websocket.close", "code": 1008, "reason": words[:120]})
         return
-    headers = [(b"www-authenticate", c.encode()) for c in CHALLENGES] if status == 401 else []
-    await as_error(status, words, headers).deliver(send, head=scope["method"] == "HEAD")
+    await as_error(status, words, [CHALLENGE] if status == 401 else []).deliver(send, head=scope["method"] == "HEAD")

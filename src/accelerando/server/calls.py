@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
 from typing import Any
 
 from accelerando.errors import AccelerandoError, ClosedError, DataError, UnknownModelError
-from accelerando.serve.tickets import Answer, Ticket
+from accelerando.serve.tickets import Answer
 from accelerando.server import descriptions, messages
 from accelerando.server.access import Settings
 from accelerando.server.protocol import inference
@@ -25,10 +26,11 @@ class Calls:
     Args:
         shelf: its models.
         tracing: of the requests for inference.
+        always_raw: answer with raw tensors also where the request's came in typed.
     """
 
-    def __init__(self, shelf: Repository, settings: Settings, tracing: Tracing) -> None:
-        self.shelf, self.settings, self.tracing = shelf, settings, tracing
+    def __init__(self, shelf: Repository, settings: Settings, tracing: Tracing, always_raw: bool) -> None:
+        self.shelf, self.settings, self.tracing, self.always_raw = shelf, settings, tracing, always_raw
         self.stopping = asyncio.Event()  # set once, when no more is taken on
 
     def is_ready(self, name: str = "", version: str = "") -> bool:
@@ -111,13 +113,14 @@ class Calls:
         with self.tracing.request(request.model_name, "grpc", context.invocation_metadata() or ()) as trace:
             served = self.shelf.find(request.model_name, request.model_version or None)
             signature, settings = served.signature, self.settings
-            asked, raw = messages.wishes(request, context.time_remaining()), messages.wants_raw(request)
+            asked = messages.wishes(request, context.time_remaining())
+            raw = messages.wants_raw(request, usual=self.always_raw or bool(request.raw_input_contents))
             numbers = messages.chosen(request, signature, settings)
             leaves = await _beside(request.ByteSize(), messages.leaves, request, signature, settings)
             ticket = served.submit(
                 leaves, seconds=asked.seconds, min_quality=asked.min_quality, priority=asked.priority
             )
-            answer = await _result(ticket)
+            answer = await _result(ticket.future)
             trace.answered(answer.why, ticket.rows)
             size = sum(leaf.nbytes for leaf in answer.leaves)
             return await _beside(size, messages.reply, request, signature, answer, numbers, raw)
@@ -130,21 +133,33 @@ class Calls:
         return M.ModelStreamInferResponse(infer_response=answer)
 
 
-async def _result(ticket: Ticket) -> Answer:
-    """What the runtime answers.  Where the caller gives up, this task is cancelled, and so are then the ticket's rows.
+async def _result(future: Future[Answer]) -> Answer:
+    """What the runtime answers.  Where the caller gives up, this task is cancelled, and so are then the rows that wait.
 
     Raises:
         ServingError: the runtime did not answer.
     """
-    future = asyncio.wrap_future(ticket.future)
-    try:
-        await asyncio.wait({future})  # unlike `await future`, this tells who was cancelled: we, or the ticket
-    except asyncio.CancelledError:
-        future.cancel()
-        raise
+    if not future.done():
+        loop = asyncio.get_running_loop()
+        woken = loop.create_future()
+
+        def wake(_: Future[Answer]) -> None:
+            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
+                loop.call_soon_threadsafe(_settle, woken)
+
+        future.add_done_callback(wake)
+        try:
+            await woken
+        finally:
+            future.cancel()  # does nothing to one that is done
     if future.cancelled():
         raise ClosedError("the server is closing, and dropped the request")
     return future.result()
+
+
+def _settle(woken: asyncio.Future[None]) -> None:
+    if not woken.done():
+        woken.set_result(None)
 
 
 async def _beside(size: int, work: Callable[..., Any], *what: Any) -> Any:

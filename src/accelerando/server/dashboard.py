@@ -25,7 +25,7 @@ from typing import Any
 from accelerando.machine import installed_version
 from accelerando.serve.status import BUCKETS, Status
 from accelerando.server.goal_watch import judge, needed, read, to_json
-from accelerando.server.recent import POINT, SMOOTH, SPAN, STEP, WINDOW, History, Recent, quantile
+from accelerando.server.recent import SMOOTH, SPAN, STEP, WINDOW, History, Point, Recent, quantile
 from accelerando.server.repository import Entry, Repository
 
 Message = MutableMapping[str, Any]
@@ -90,7 +90,7 @@ class Dashboard:
     def __init__(self, shelf: Repository, *, pace: float = PACE, clock: Callable[[], float] = time.monotonic) -> None:
         self._shelf, self._pace, self._clock = shelf, pace, clock
         self._epoch = time.time() - clock()  # one for all points, so that time never goes back on the charts
-        self._assets = assets()
+        self._assets, self._version = assets(), installed_version("accelerando") or "unknown"
         self._histories: dict[str, History] = {}
         self._closing = asyncio.Event()
         self._viewers = 0
@@ -141,7 +141,7 @@ class Dashboard:
         return found
 
     def state(self, since: float = -math.inf) -> dict[str, Any]:
-        """Everything that the page shows, as JSON can hold it.
+        """Everything that the page shows; frozen data in it is sent as objects of its fields.
 
         Args:
             since: of the charts' points, those later than this, in seconds since the epoch.
@@ -154,12 +154,12 @@ class Dashboard:
         entries = {entry.name: entry for entry in self._shelf.index()}
         return {
             "at": self._clock() + self._epoch,
-            "version": installed_version("accelerando") or "unknown",
+            "version": self._version,
             "ready": self._shelf.ready,
             "window": WINDOW,
             "smooth": SMOOTH,
             "span": SPAN,
-            "columns": list(POINT),
+            "columns": Point._fields,
             "models": [self._model(name, told, entries.get(name), since) for name, told in sorted(found.items())],
         }
 
@@ -168,7 +168,7 @@ class Dashboard:
             return entry.reason
         try:
             return self._shelf.find(entry.name).status()
-        except Exception as error:  # noqa: BLE001  one model that can't tell must not hide the others
+        except Exception as error:
             if entry.name not in self._warned:
                 self._warned.add(entry.name)
                 log.warning("the dashboard got no status of %r: %s", entry.name, error, exc_info=True)
@@ -181,16 +181,15 @@ class Dashboard:
         history = self._histories[name]
         recent = history.recent(self._clock(), told)
         goal = read(told.goal)
-        points = [list(dataclasses.astuple(point)) for point in history.points if point.at > since]
         return {
             "name": name,
             "state": "READY",
             "reason": "",
-            "status": _plain(told),
+            "status": told,
             "goal": {**to_json(goal, told.goal), "needed": needed(goal)},
             "recent": _recent(recent),
-            "outlook": _plain(judge(goal, told, recent)),
-            "points": _plain(points),
+            "outlook": judge(goal, told, recent),
+            "points": [point for point in history.points if point.at > since],
         }
 
     # --- how it is sent -----------------------------------------------------------------------------------------
@@ -265,22 +264,28 @@ async def _reply(send: Send, status: int, data: Any, headers: Headers | None = N
 
 
 def _bytes(data: Any) -> bytes:
-    return json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
+    """Data as JSON.  Figures are finite but for rare ones, and only then is all of it walked through here."""
+    try:
+        return json.dumps(data, allow_nan=False, separators=(",", ":"), default=vars).encode()
+    except ValueError:
+        return json.dumps(_finite(data), allow_nan=False, separators=(",", ":")).encode()
 
 
 def _recent(recent: Recent) -> dict[str, Any]:
     """The last minute, with its histograms' quantiles in place of their counts."""
-    told = _plain(recent)
+    told = dict(vars(recent))
     for name in ("queued", "computed"):
         histogram = getattr(recent, name)
         told[name] = {"p50": quantile(histogram, 0.5), "p99": quantile(histogram, 0.99), "most": BUCKETS[-1]}
     return {**told, "share": recent.share}
 
 
-def _plain(value: Any) -> Any:
-    """Frozen data as JSON can hold it; figures that are not finite become null."""
+def _finite(value: Any) -> Any:
+    """Data as JSON can hold it: figures that are not finite become null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
-    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return _finite(dict(vars(value))) if dataclasses.is_dataclass(value) else value

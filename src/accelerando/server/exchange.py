@@ -4,10 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, replace
 from typing import Any
+
+from accelerando.errors import (
+    AccelerandoError,
+    BundleError,
+    ClosedError,
+    DeadlineError,
+    MissingExtraError,
+    OverloadedError,
+    RefusalError,
+    RowsError,
+    UnknownModelError,
+    UsageError,
+)
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -20,20 +35,33 @@ JSON = b"application/json"
 BINARY = b"application/octet-stream"
 ALIGNED = 16  # bytes; a tensor that begins at a multiple of it can be used where it lies
 COMPRESSION = 1  # zlib's level: the least work
+STATUSES: tuple[tuple[type[AccelerandoError], int], ...] = (
+    (UnknownModelError, 404),
+    (MissingExtraError, 501),
+    (RefusalError, 501),
+    (UsageError, 400),
+    (BundleError, 400),
+    (OverloadedError, 503),
+    (ClosedError, 503),
+    (DeadlineError, 504),
+    (RowsError, 500),
+)
+RETRY_AFTER = (b"retry-after", b"1")  # seconds, told to who comes at a bad time
+log = logging.getLogger(__name__)
 _TEXT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"x-gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
 
-class ReplyError(Exception):
-    """An answer that is an error: its status, its reason in words, and headers that go with it."""
+class ReplyError(UsageError):
+    """The caller's mistake, with the status of its answer and headers that go with it."""
 
     def __init__(self, status: int, words: str, headers: Iterable[Header] = ()) -> None:
         super().__init__(words)
         self.status, self.words, self.headers = status, words, list(headers)
 
 
-class GoneError(Exception):
-    """The client went away before it had sent its request."""
+class GoneError(CancelledError):
+    """The client went away before it was answered."""
 
 
 # --- in ---------------------------------------------------------------------------------------------------------
@@ -167,6 +195,17 @@ def as_json(value: Any, status: int = 200) -> Reply:
 def as_error(status: int, words: str, headers: Iterable[Header] = ()) -> Reply:
     """An error as every client of the protocol reads it: `{"error": words}`."""
     return Reply(status, text_of({"error": words}), headers=tuple(headers))
+
+
+def reply_to(error: AccelerandoError) -> Reply:
+    """The answer that an error of ours is to its client."""
+    if isinstance(error, ReplyError):
+        return as_error(error.status, error.words, error.headers)
+    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
+    words = f"Request for unknown model: {error}" if status == 404 else str(error)  # as Triton begins it
+    if status == 500:
+        log.warning("a request failed: %s", error)
+    return as_error(status, words, [RETRY_AFTER] if status == 503 else [])
 
 
 async def packed(reply: Reply, asked: Headers, compress_from: int) -> Reply:

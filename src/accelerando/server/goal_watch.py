@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from accelerando.errors import GoalError
@@ -36,6 +37,7 @@ class Outlook:
     sights: tuple[Sight, ...]
 
 
+@lru_cache(maxsize=128)  # it is asked for twice a second, and is nearly always the same
 def read(text: str) -> Goal | None:
     """The goal of a text; None where there is none, or none that can be read."""
     try:
@@ -53,18 +55,15 @@ def needed(goal: Goal | None) -> float:
 def judge(goal: Goal | None, status: Status, recent: Recent) -> Outlook:
     """Hold a goal against the last minute.  Without a goal, whether the requests were answered in time."""
     if goal is None:
-        sights = (_sight("requests in time", *_in_time(recent, KEEPS_UP)),)
+        held = [("requests in time", _in_time(recent, KEEPS_UP))]
     else:
-        sights = tuple(_sight(str(bound), *_held(bound, status, recent)) for bound in goal.bounds)
+        held = [(str(bound), _held(bound, status, recent)) for bound in goal.bounds]
+    sights = tuple(Sight(bound, *told) for bound, told in held)
     outcomes = {sight.outcome for sight in sights}
     for outcome in (NOT_MET, QUIET, UNSURE):
         if outcome in outcomes:
             return Outlook(outcome, sights)
     return Outlook(MET if recent.requests else QUIET, sights)
-
-
-def _sight(bound: str, outcome: str, said: str) -> Sight:
-    return Sight(bound, outcome, said)
 
 
 def _held(bound: Bound, status: Status, recent: Recent) -> tuple[str, str]:
@@ -122,7 +121,7 @@ def _within(bound: Bound, figure: Interval) -> str:
 
 
 def _spelt(bound: Bound, figure: Interval) -> str:
-    low, mid, high = (bound.spell(v) for v in (figure.low, figure.mid, figure.high))
+    low, mid, high = (bound.spell(float(f"{v:.3g}")) for v in (figure.low, figure.mid, figure.high))
     return mid if low == high else f"{mid} ({low} to {high})"
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,6 @@ from accelerando.server.exchange import text_of
 from accelerando.server.tensors import (
     NUMBERS,
     RAW_ONLY,
-    Buffer,
     bind,
     datatype_of,
     describe,
@@ -115,8 +115,7 @@ def read_wishes(parameters: Mapping[str, Any]) -> Wishes:
     Raises:
         DataError: another parameter, or a value that is none.
     """
-    for key in parameters:
-        _refuse_unknown(key, PARAMETERS, "the request")
+    _refuse_unknown(parameters, PARAMETERS, "the request")
     timeout, priority, least = (parameters.get(key) for key in PARAMETERS[:3])
     if timeout is not None and (type(timeout) is not int or not 0 < timeout <= MOST_MICROSECONDS):
         raise DataError(
@@ -248,15 +247,15 @@ def _parameters(holder: Mapping[str, Any], where: str, known: tuple[str, ...]) -
         return {}
     if not isinstance(found, dict):
         raise DataError(f"parameters of {where} must be an object, but are {_brief(found)}")
-    for key in found:
-        _refuse_unknown(key, known, where)
+    _refuse_unknown(found, known, where)
     return found
 
 
-def _refuse_unknown(key: str, known: tuple[str, ...], where: str) -> None:
-    if key not in known:
+def _refuse_unknown(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    if unknown := [_brief(key) for key in found if key not in known]:
         taken = ", ".join(name for name in known if name not in IGNORED)
-        raise DataError(f"the parameter {_brief(key)} of {where} is not offered here; {taken} are")
+        named = ", ".join(sorted(unknown)[:5])
+        raise DataError(f"no parameter {named} of {where} is offered here, but {taken}")
 
 
 def _known(found: Mapping[str, Any], fields: tuple[str, ...], where: str) -> None:
@@ -294,11 +293,12 @@ def explain(why: Explanation) -> dict[str, Any]:
     }
 
 
-def write_answer(name: str, signature: Signature, asked: Asked, answer: Answer) -> tuple[bytes, list[Buffer | Array]]:
+def write_answer(name: str, signature: Signature, asked: Asked, answer: Answer) -> tuple[bytes, list[Array | bytes]]:
     """The JSON of an answer, and the raw tensors that follow it.
 
     Raises:
         RowsError: an output holds what JSON can't say: NaN, infinity, or bytes that are not text.
+        DataError: likewise, but an input was not finite either.
     """
     response: dict[str, Any] = {"model_name": name, "model_version": str(answer.why.version)}
     if asked.id is not None:
@@ -307,24 +307,25 @@ def write_answer(name: str, signature: Signature, asked: Asked, answer: Answer) 
     outputs, pieces = [], []
     for number, raw in asked.outputs:
         leaf = answer.leaves[number]
-        tensor = {"name": signature.outputs[number].name, "datatype": datatype_of(leaf.dtype), "shape": [*leaf.shape]}
+        output = signature.outputs[number].name
+        tensor: dict[str, Any] = {"name": output, "datatype": datatype_of(leaf.dtype), "shape": [*leaf.shape]}
         if raw:
             piece = to_buffer(leaf)
             pieces.append(piece)
             tensor["parameters"] = {"binary_data_size": len(piece) if isinstance(piece, bytes) else piece.nbytes}
         else:
-            tensor["data"] = _values(tensor["name"], leaf)
+            tensor["data"] = _values(output, leaf, asked)
         outputs.append(tensor)
     response["outputs"] = outputs
     return text_of(response), pieces
 
 
-def _values(name: str, leaf: Array) -> list[Any]:
+def _values(name: str, leaf: Array, asked: Asked) -> list[Any]:
     if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
-        raise RowsError(
-            f"output {name!r} holds NaN or infinity for these rows, which JSON can't hold; ask for it with the "
-            f"parameter binary_data: true to see it"
-        )
+        words = f"output {name!r} holds NaN or infinity, which JSON can't hold; ask for it with binary_data: true"
+        if all(np.isfinite(given).all() for given in asked.leaves if given.dtype.kind == "f"):
+            raise RowsError(words)
+        raise DataError(f"{words}, or send inputs that are finite: these are not")
     try:
         return to_values(leaf)
     except DataError as error:
@@ -346,8 +347,7 @@ def _brief(value: Any) -> str:
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
-        seen: set[str] = set()
-        doubled = next(key for key, _ in pairs if key in seen or seen.add(key))
+        doubled = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
         raise ValueError(f"the key {doubled[:60]!r} is there twice")
     return found
 

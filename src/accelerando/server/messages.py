@@ -1,8 +1,8 @@
 """Between the protocol's messages of gRPC and arrays and answers.  Nothing here knows connections.
 
-An answer's tensors go out raw where the request's came in raw, and typed where they came in typed; the request's
-parameter `binary_data_output` says otherwise.  FP16 has no typed form and goes out raw always, and then so does every
-other tensor beside it: the protocol forbids to mix the two.
+An answer's tensors go out raw where the request's came in raw, and typed where they came in typed (or raw always, for
+clients that are used to Triton); the request's parameter `binary_data_output` overrules that.  FP16 has no typed form
+and goes out raw always, and then so does every other tensor beside it: the protocol forbids to mix the two.
 """
 
 from __future__ import annotations
@@ -57,6 +57,9 @@ def leaves(request: Any, signature: Signature, settings: Settings) -> list[Array
     """
     raw = request.raw_input_contents
     _few(request.inputs, "inputs", settings)
+    if raw and (mixed := [tensor.name for tensor in request.inputs if tensor.HasField("contents")]):
+        words = "contents field must not be specified when using raw_input_contents"  # Triton's, for which clients look
+        raise DataError(f"{words} for {mixed[0]!r} for model {request.model_name!r}")
     if raw and len(raw) != len(request.inputs):
         raise DataError(
             f"{len(raw)} raw_input_contents were given for {len(request.inputs)} inputs; give one for each, in order"
@@ -68,11 +71,6 @@ def leaves(request: Any, signature: Signature, settings: Settings) -> list[Array
         _honoured(tensor, f"the input {tensor.name!r}")
         shape = list(tensor.shape)
         if raw:
-            if tensor.HasField("contents"):
-                raise DataError(
-                    f"contents field must not be specified when using raw_input_contents for {tensor.name!r} "
-                    f"for model {request.model_name!r}"
-                )
             array = tensors.from_raw(tensor.name, tensor.datatype, shape, raw[i])
         else:
             array = tensors.from_values(tensor.name, tensor.datatype, shape, _typed(tensor))
@@ -124,14 +122,17 @@ def _honoured(tensor: Any, where: str) -> None:
         raise DataError(f"the parameter {min(strange)[:60]!r} of {where} is not offered over gRPC; leave it out")
 
 
-def wants_raw(request: Any) -> bool:
+def wants_raw(request: Any, usual: bool) -> bool:
     """Whether the answer's tensors are to be raw.
+
+    Args:
+        usual: what is done where the request does not say.
 
     Raises:
         DataError: `binary_data_output` is not true or false.
     """
     if "binary_data_output" not in request.parameters:
-        return bool(request.raw_input_contents)
+        return usual
     asked = _value("binary_data_output", request.parameters["binary_data_output"])
     if not isinstance(asked, bool):
         raise DataError(f"the parameter 'binary_data_output' was {asked!r}; it must be a bool_param")

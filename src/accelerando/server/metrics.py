@@ -17,7 +17,6 @@ from prometheus_client.exposition import choose_encoder
 from prometheus_client.metrics_core import Metric
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from accelerando.goal import QUANTILES
 from accelerando.interval import Interval
@@ -154,7 +153,7 @@ def _each(
 
 def _latencies(what: str, words: str, found: Iterable[tuple[str, Histogram]]) -> Metric:
     family = HistogramMetricFamily(f"accelerando_{what}_seconds", words, labels=["model"])
-    ends = [floatToGoString(end) for end in (*BUCKETS, float("inf"))]
+    ends = [*map(str, BUCKETS), "+Inf"]
     for name, histogram in found:
         family.add_metric([clean(name)], list(zip(ends, accumulate(histogram.counts), strict=True)), histogram.total)
     return family

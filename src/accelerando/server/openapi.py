@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from accelerando.errors import ClosedError, UnknownModelError
-from accelerando.server.access import OPEN, Settings
+from accelerando.server.access import Settings, is_open
 from accelerando.server.descriptions import own_version
-from accelerando.server.inference import MOST_MICROSECONDS
 from accelerando.server.repository import Repository
-from accelerando.server.tensors import DATATYPES, MOST_ELEMENTS, RAW_ONLY, datatype_of, wire_shape
+from accelerando.server.schemas import BOOL, TEXT, Json, all_schemas, brought, failure, record, ref, told
+from accelerando.server.tensors import RAW_ONLY, datatype_of, wire_shape
 from accelerando.signature import Signature
 
-Json = dict[str, Any]
 MOST_SHOWN = 256  # elements of an example; a longer one helps nobody
 ERRORS = {
     400: "The request is not good; `error` says what was given and what must be.",
@@ -47,14 +46,14 @@ def document(settings: Settings, shelf: Repository, *, pages: bool) -> Json:
 
     Args:
         shelf: its models are the examples.
-        pages: whether `/` and `/metrics` are there.
+        pages: whether the dashboard and the metrics are there.
     """
     paths = {**_server_paths(), **_model_paths(), **_repository_paths(), **_page_paths(pages)}
     errors = [400, 404, 405, *([401, 403] if settings.tokens else [])]
     for path, methods in paths.items():
         for operation in methods.values():
             if isinstance(operation, dict) and "responses" in operation:
-                codes = {*errors, *operation["responses"]} - ({401, 403} if path in OPEN else set())
+                codes = {*errors, *operation["responses"]} - ({401, 403} if is_open(path) else set())
                 _fill_errors(operation, codes)
     _give_examples(paths, shelf)
     about: Json = {
@@ -66,12 +65,12 @@ def document(settings: Settings, shelf: Repository, *, pages: bool) -> Json:
             "enough, by the Open Inference Protocol version 2.",
         },
         "paths": paths,
-        "components": {"schemas": _schemas(settings), "responses": {"Error": _error("An error.")}},
+        "components": {"schemas": all_schemas(settings), "responses": {"Error": failure("An error.")}},
     }
     if settings.tokens:
         about["components"]["securitySchemes"] = {"token": {"type": "http", "scheme": "bearer"}}
         about["security"] = [{"token": []}]
-        for path in OPEN:
+        for path in filter(is_open, paths):
             paths[path]["get"]["security"] = []
     return about
 
@@ -79,31 +78,29 @@ def document(settings: Settings, shelf: Repository, *, pages: bool) -> Json:
 def _fill_errors(operation: Json, codes: set[Any]) -> None:
     """Put in the errors that an operation may answer with, all of one shape."""
     given = operation["responses"]
-    operation["responses"] = {str(code): given.get(code) or _error(ERRORS[code]) for code in sorted(codes, key=str)}
+    operation["responses"] = {str(code): given.get(code) or failure(ERRORS[code]) for code in sorted(codes, key=str)}
 
 
 # --- paths ------------------------------------------------------------------------------------------------------
 
 
 def _server_paths() -> Json:
-    live, ready = _object({"live": BOOL}), _object({"ready": BOOL, "error": TEXT}, need=["ready"])
+    live, ready = record({"live": BOOL}), record({"ready": BOOL, "error": TEXT}, need=["ready"])
     return {
-        "/v2": _get("server", "The server's name, version and extensions", _ref("Server")),
+        "/v2": _get("server", "The server's name, version and extensions", ref("Server")),
         "/v2/health/live": _get("health", "Whether the server runs", live),
-        "/v2/health/ready": _get(
-            "health", "Whether every model is ready", ready, more={503: _reply("Not yet.", ready)}
-        ),
-        "/v2/models/stats": _get("models", "Statistics of every model", _ref("Statistics")),
+        "/v2/health/ready": _get("health", "Whether every model is ready", ready, more={503: told("Not yet.", ready)}),
+        "/v2/models/stats": _get("models", "Statistics of every model", ref("Statistics")),
     }
 
 
 def _model_paths() -> Json:
-    ready = _object({"name": TEXT, "ready": BOOL, "error": TEXT}, need=["name", "ready"])
+    ready = record({"name": TEXT, "ready": BOOL, "error": TEXT}, need=["name", "ready"])
     kinds: dict[str, Json] = {
-        "": _get("models", "A model's versions, inputs and outputs", _ref("Model"), more={503: None}),
-        "/ready": _get("models", "Whether a model is ready", ready, more={503: _reply("Not yet.", ready)}),
-        "/config": _get("models", "A model's configuration, as Triton shapes it", _ref("Config"), more={503: None}),
-        "/stats": _get("models", "A model's statistics, as Triton shapes them", _ref("Statistics"), more={503: None}),
+        "": _get("models", "A model's versions, inputs and outputs", ref("Model"), more={503: None}),
+        "/ready": _get("models", "Whether a model is ready", ready, more={503: told("Not yet.", ready)}),
+        "/config": _get("models", "A model's configuration, as Triton shapes it", ref("Config"), more={503: None}),
+        "/stats": _get("models", "A model's statistics, as Triton shapes them", ref("Statistics"), more={503: None}),
         "/infer": {"post": _infer()},
     }
     paths: Json = {}
@@ -111,15 +108,15 @@ def _model_paths() -> Json:
         names = ["model", "version"] if "{version}" in stem else ["model"]
         for suffix, methods in kinds.items():
             paths[stem + suffix] = {"parameters": [_in_path(n) for n in names], **_copied(methods)}
-    goal = _object({"name": TEXT, "goal": TEXT})
+    goal = record({"name": TEXT, "goal": TEXT})
     paths["/v2/models/{model}/goal"] = {
         "parameters": [_in_path("model")],
         **_get("models", "A model's goal", goal, more={503: None}),
         "put": {
             "tags": ["models"],
             "summary": "Change a model's goal, from its next batch on",
-            "requestBody": _body(_object({"goal": {**TEXT, "examples": ["p99 <= 20ms"]}}), need=True),
-            "responses": {200: _reply("It is in force.", goal), 408: None, 413: None, 415: None, 503: None},
+            "requestBody": brought(record({"goal": {**TEXT, "examples": ["p99 <= 20ms"]}}), need=True),
+            "responses": {200: told("It is in force.", goal), 408: None, 413: None, 415: None, 503: None},
         },
     }
     return paths
@@ -128,7 +125,7 @@ def _model_paths() -> Json:
 def _infer() -> Json:
     header = {"schema": {"type": "integer", "minimum": 0}, "description": "Bytes of the JSON before the raw tensors."}
     blob = {"schema": {"type": "string", "format": "binary"}}
-    answer = _reply("The outputs, and how they came about.", _ref("InferResponse"))
+    answer = told("The outputs, and how they came about.", ref("InferResponse"))
     answer["content"]["application/octet-stream"] = blob
     answer["headers"] = {"Inference-Header-Content-Length": header}
     length = {
@@ -145,28 +142,28 @@ def _infer() -> Json:
         "parameters": [length],
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": _ref("InferRequest")}, "application/octet-stream": blob},
+            "content": {"application/json": {"schema": ref("InferRequest")}, "application/octet-stream": blob},
         },
         "responses": {200: answer, **dict.fromkeys((408, 413, 415, 500, 503, 504))},
     }
 
 
 def _repository_paths() -> Json:
-    line = _object(
+    line = record(
         {"name": TEXT, "version": TEXT, "state": {"enum": ["READY", "LOADING", "UNAVAILABLE"]}, "reason": TEXT}
     )
     faults: dict[int, Any] = dict.fromkeys((408, 413, 415))
-    ready = _object({"ready": {**BOOL, "description": "Only those that are."}}, need=[])
+    ready = record({"ready": {**BOOL, "description": "Only those that are."}}, need=[])
     parameters = {"type": ["object", "null"], "description": "Particulars, which depend on the server."}
-    load = _body(_object({"parameters": parameters}, need=[]))
+    load = brought(record({"parameters": parameters}, need=[]))
     stem = "/v2/repository/models/{model}"
     return {
         "/v2/repository/index": {
             "post": {
                 "tags": ["repository"],
                 "summary": "Every model, loaded or not",
-                "requestBody": _body(ready),
-                "responses": {200: _reply("The models.", {"type": "array", "items": line}), **faults},
+                "requestBody": brought(ready),
+                "responses": {200: told("The models.", {"type": "array", "items": line}), **faults},
             }
         },
         **{
@@ -176,7 +173,7 @@ def _repository_paths() -> Json:
                     "tags": ["repository"],
                     "summary": summary,
                     "requestBody": load,
-                    "responses": {200: _reply("It is done.", {"type": "object"}), **faults, 501: None, 503: None},
+                    "responses": {200: told("It is done.", {"type": "object"}), **faults, 501: None, 503: None},
                 },
             }
             for verb, summary in (
@@ -198,7 +195,12 @@ def _page_paths(pages: bool) -> Json:
             }
         }
 
-    more = {"/": page("The dashboard", "text/html"), "/metrics": page("Metrics for Prometheus", "text/plain")}
+    more = {
+        "/": page("The dashboard", "text/html"),
+        "/metrics": page("Metrics for Prometheus", "text/plain"),
+        "/v2/dashboard/state": page("What the dashboard shows", "application/json"),
+        "/v2/dashboard/stream": page("What the dashboard shows, as it changes", "text/event-stream"),
+    }
     return {
         **(more if pages else {}),
         "/docs": page("This document, to be read", "text/html"),
@@ -206,119 +208,12 @@ def _page_paths(pages: bool) -> Json:
     }
 
 
-# --- schemas ----------------------------------------------------------------------------------------------------
-
-TEXT: Json = {"type": "string"}
-BOOL: Json = {"type": "boolean"}
-WHOLE: Json = {"type": "integer", "minimum": 0}
-HINT: Json = {"content_type": {"description": "Ignored: it says nothing new."}}
-
-
-def _schemas(settings: Settings) -> Json:
-    shape = {"type": "array", "items": {**WHOLE, "maximum": MOST_ELEMENTS}, "maxItems": min(settings.max_nesting, 32)}
-    scalar = {"type": ["number", "string", "boolean"]}
-    data = {"type": "array", "description": "In row-major order, flat or nested as the shape says."}
-    size = _object({"binary_data_size": {"type": ["integer", "null"], "minimum": 0}, **HINT}, need=[], null=True)
-    raw = _object({"binary_data": BOOL, **HINT}, need=[], null=True)
-    tensor = {"name": TEXT, "datatype": {"enum": [*DATATYPES]}, "shape": shape}
-    answer = {**tensor, "data": data, "parameters": {"type": "object"}}
-    port = _object(
-        {"name": TEXT, "datatype": {"enum": [*DATATYPES]}, "shape": {"type": "array", "items": {"type": "integer"}}}
-    )
-    span = _object({"count": WHOLE, "ns": WHOLE})
-    stages = ("success", "fail", "queue", "compute_input", "compute_infer", "compute_output", "cache_hit", "cache_miss")
-    inputs = _object({**tensor, "data": {**data, "type": ["array", "null"]}, "parameters": size}, need=[*tensor])
-    outputs = _object({"name": TEXT, "parameters": raw}, need=["name"])
-    most = {"maxItems": settings.max_tensors}
-    return {
-        "Error": _object({"error": TEXT}),
-        "Server": _object({"name": TEXT, "version": TEXT, "extensions": {"type": "array", "items": TEXT}}),
-        "Model": _object(
-            {
-                "name": TEXT,
-                "versions": {"type": "array", "items": TEXT},
-                "platform": TEXT,
-                "inputs": {"type": "array", "items": port},
-                "outputs": {"type": "array", "items": port},
-            }
-        ),
-        "Config": {"type": "object", "required": ["name", "max_batch_size", "input", "output"]},
-        "Statistics": _object(
-            {
-                "model_stats": {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "required": ["name", "version", "inference_count", "execution_count", "inference_stats"],
-                        "properties": {"inference_stats": _object(dict.fromkeys(stages, span))},
-                    },
-                }
-            }
-        ),
-        "InferRequest": _object(
-            {
-                "id": {"type": ["string", "null"]},
-                "parameters": _object(_wishes(), need=[], null=True),
-                "inputs": {"type": "array", "items": inputs, **most},
-                "outputs": {"type": ["array", "null"], "items": outputs, **most, "description": "All, where left out."},
-            },
-            need=["inputs"],
-        ),
-        "InferResponse": _object(
-            {
-                "model_name": TEXT,
-                "model_version": TEXT,
-                "id": TEXT,
-                "parameters": {"type": "object", "additionalProperties": scalar},
-                "outputs": {"type": "array", "items": _object(answer, need=[*tensor])},
-            },
-            need=["model_name", "model_version", "outputs"],
-        ),
-    }
-
-
-def _wishes() -> Json:
-    return {
-        "timeout": {"type": ["integer", "null"], "minimum": 1, "maximum": MOST_MICROSECONDS},
-        "priority": {"type": ["integer", "null"], "minimum": 0, "maximum": 2**32 - 1},
-        "min_quality": {"type": ["number", "null"]},
-        "binary_data_output": BOOL,
-        **HINT,
-    }
-
-
-def _object(fields: Json, *, need: list[str] | None = None, null: bool = False) -> Json:
-    """An object of these fields and no others, all of them there unless `need` lists those that must be."""
-    return {
-        "type": ["object", "null"] if null else "object",
-        "properties": fields,
-        "required": [*fields] if need is None else need,
-        "additionalProperties": False,
-    }
-
-
-def _ref(name: str) -> Json:
-    return {"$ref": f"#/components/schemas/{name}"}
-
-
-def _reply(words: str, schema: Json) -> Json:
-    return {"description": words, "content": {"application/json": {"schema": schema}}}
-
-
-def _error(words: str) -> Json:
-    return _reply(words, _ref("Error"))
-
-
-def _body(schema: Json, *, need: bool = False) -> Json:
-    return {"required": need, "content": {"application/json": {"schema": schema}}}
-
-
 def _in_path(name: str) -> Json:
     return {"name": name, "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
 
 def _get(tag: str, summary: str, schema: Json, more: Json | dict[int, Any] | None = None) -> Json:
-    return {"get": {"tags": [tag], "summary": summary, "responses": {200: _reply("It.", schema), **(more or {})}}}
+    return {"get": {"tags": [tag], "summary": summary, "responses": {200: told("It.", schema), **(more or {})}}}
 
 
 def _copied(methods: Json) -> Json:

@@ -15,6 +15,7 @@ from accelerando.server.calls import Calls
 from accelerando.server.protocol import health, inference
 
 LOOK = 1.0  # seconds between two looks at what somebody watches: a repository does not tell of its changes
+MOST_WATCHING = 50  # for nobody needs a token to watch
 M = health().messages
 State = M.HealthCheckResponse
 
@@ -23,7 +24,7 @@ class Probes:
     """Answers `Check` and `Watch` from what is ready at the moment; nobody needs a token for it."""
 
     def __init__(self, calls: Calls) -> None:
-        self.calls = calls
+        self.calls, self.watching = calls, 0
 
     def handlers(self) -> Any:
         """Both methods."""
@@ -42,12 +43,23 @@ class Probes:
 
     async def watch(self, data: bytes, context: Any) -> AsyncIterator[bytes]:
         """The state now and whenever it changes, until the server stops."""
-        service, last = await _service(data, context), None
-        stopping = self.calls.stopping
+        service = await _service(data, context)
+        if self.watching >= MOST_WATCHING:
+            words = f"{self.watching} callers watch, the most that may; ask by Check"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
+        self.watching += 1
+        try:
+            async for state in self._changes(service):
+                yield State(status=state).SerializeToString()
+        finally:
+            self.watching -= 1
+
+    async def _changes(self, service: str) -> AsyncIterator[int]:
+        stopping, last = self.calls.stopping, None
         while True:
             state = self._state(service)
             if state != last:
-                yield State(status=state).SerializeToString()
+                yield state
             if stopping.is_set():
                 return
             last = state

@@ -52,11 +52,13 @@ class Protocol:
         service: its full name, as in the path of a call.
         methods: by name.
         messages: the classes of its outermost messages, and the numbers of its enumerations, as attributes.
+        file: its description, every name resolved.
     """
 
     service: str
     methods: dict[str, Method]
     messages: Any
+    file: Any
 
 
 @cache
@@ -72,20 +74,23 @@ def health() -> Protocol:
 
 
 def _start(name: str) -> Protocol:
-    file = parse(name, resources.files(__package__).joinpath(name).read_text(encoding="utf-8"))
-    pool = DescriptorPool()
-    pool.AddSerializedFile(file.SerializeToString())
+    text = resources.files(__package__).joinpath(name).read_text(encoding="utf-8")
+    pool, file = DescriptorPool(), descriptor_pb2.FileDescriptorProto()
+    pool.AddSerializedFile(parse(name, text).SerializeToString())
     found = pool.FindFileByName(name)
+    found.CopyToProto(file)
     described = found.message_types_by_name
     classes = {n: message_factory.GetMessageClass(d) for n, d in described.items()}
     enums = found.enum_types_by_name.items()
     numbers = {n: SimpleNamespace(**{v: d.number for v, d in e.values_by_name.items()}) for n, e in enums}
     (service,) = file.service
-    methods = {
-        m.name: Method(m.name, classes[m.input_type], classes[m.output_type], m.client_streaming, m.server_streaming)
-        for m in service.method
-    }
-    return Protocol(f"{file.package}.{service.name}", methods, SimpleNamespace(**classes, **numbers))
+    methods = {m.name: _method(m, classes) for m in service.method}
+    return Protocol(f"{file.package}.{service.name}", methods, SimpleNamespace(**classes, **numbers), file)
+
+
+def _method(described: Any, classes: dict[str, Any]) -> Method:
+    request, response = (classes[kind.rpartition(".")[2]] for kind in (described.input_type, described.output_type))
+    return Method(described.name, request, response, described.client_streaming, described.server_streaming)
 
 
 # --- the language -----------------------------------------------------------------------------------------------
@@ -137,7 +142,7 @@ def _message(tokens: Iterator[str], message: Any) -> None:
 
 
 def _field(tokens: Iterator[str], message: Any, kind: str, label: int = Field.LABEL_OPTIONAL) -> Any:
-    name, _, number, _ = next(tokens), _expect(tokens, "="), int(next(tokens)), _expect(tokens, ";")
+    name, number = _name_and_number(tokens)
     return _add(message, name, number, kind, label)
 
 
@@ -153,8 +158,12 @@ def _add(message: Any, name: str, number: int, kind: str, label: int = Field.LAB
 
 def _map(tokens: Iterator[str], message: Any) -> None:
     """A map is a repeated message of a key and a value, named after the field."""
-    _, key, _, value, _ = _expect(tokens, "<"), next(tokens), _expect(tokens, ","), next(tokens), _expect(tokens, ">")
-    name, _, number, _ = next(tokens), _expect(tokens, "="), int(next(tokens)), _expect(tokens, ";")
+    _expect(tokens, "<")
+    key = next(tokens)
+    _expect(tokens, ",")
+    value = next(tokens)
+    _expect(tokens, ">")
+    name, number = _name_and_number(tokens)
     entry = message.nested_type.add(name="".join(part.capitalize() for part in name.split("_")) + "Entry")
     entry.options.map_entry = True
     _add(entry, "key", 1, key)
@@ -164,10 +173,9 @@ def _map(tokens: Iterator[str], message: Any) -> None:
 
 def _enum(tokens: Iterator[str], enum: Any) -> None:
     _expect(tokens, "{")
-    for name in _until_closed(tokens):
-        _expect(tokens, "=")
-        enum.value.add(name=name, number=int(next(tokens)))
-        _expect(tokens, ";")
+    for word in _until_closed(tokens):
+        name, number = _name_and_number(tokens, word)
+        enum.value.add(name=name, number=number)
 
 
 def _service(tokens: Iterator[str], service: Any) -> None:
@@ -190,6 +198,15 @@ def _type(tokens: Iterator[str]) -> tuple[bool, str]:
     name = next(tokens) if streams else word
     _expect(tokens, ")")
     return streams, name
+
+
+def _name_and_number(tokens: Iterator[str], name: str = "") -> tuple[str, int]:
+    """`name = number;`, where the name may have been read before."""
+    name = name or next(tokens)
+    _expect(tokens, "=")
+    number = int(next(tokens))
+    _expect(tokens, ";")
+    return name, number
 
 
 def _until_closed(tokens: Iterator[str]) -> Iterator[str]:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import NamedTuple
 
 from accelerando.errors import AccelerandoError
 from accelerando.interval import Interval
@@ -135,8 +136,7 @@ def _difference(before: Histogram, after: Histogram) -> Histogram:
     return Histogram(counts, max(0.0, after.total - before.total))
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One moment of the charts.  `at` in seconds since the epoch; shares, seconds, rows per second, bytes.
 
     `share`, `quality` and the quantiles tell of the seconds before it (`SMOOTH`), and are None where nothing came.
@@ -155,9 +155,6 @@ class Point:
     computed99: float | None
     queued99: float | None
     memory: int
-
-
-POINT = tuple(field.name for field in fields(Point))
 
 
 class History:

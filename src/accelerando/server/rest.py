@@ -1,6 +1,6 @@
 """The Open Inference Protocol, version 2, over HTTP: a plain ASGI app, for the hot path has no time for a framework.
 
-    uvicorn.run(Access(Rest(shelf, settings, fallback=the_rest), settings))
+    uvicorn.run(Access(Rest(shelf, settings), settings))
 
 Of Triton's extensions it has binary tensors, model repository, model configuration, statistics, and of the schedule
 policy `timeout` and `priority`; of our own `min_quality`, and the goal of a model.  `openapi.py` lists all routes.
@@ -10,24 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable, Mapping
-from concurrent.futures import CancelledError, Future
 from dataclasses import dataclass
 from typing import Any
 
-from accelerando.errors import (
-    AccelerandoError,
-    BundleError,
-    ClosedError,
-    DataError,
-    DeadlineError,
-    MissingExtraError,
-    OverloadedError,
-    RefusalError,
-    RowsError,
-    UnknownModelError,
-    UsageError,
-)
+from accelerando.errors import AccelerandoError, ClosedError, DataError, UnknownModelError
 from accelerando.serve.tickets import Answer
 from accelerando.server.access import Settings
 from accelerando.server.descriptions import (
@@ -39,7 +27,6 @@ from accelerando.server.descriptions import (
 )
 from accelerando.server.exchange import (
     BINARY,
-    App,
     GoneError,
     Headers,
     Receive,
@@ -51,24 +38,15 @@ from accelerando.server.exchange import (
     as_json,
     packed,
     read_body,
+    reply_to,
 )
 from accelerando.server.inference import Asked, read_json, read_request, write_answer
 from accelerando.server.openapi import docs_page, document
 from accelerando.server.repository import Repository, Served
+from accelerando.server.tracing import OFF, Trace, Tracing
+from accelerando.server.waiting import result_of
 
 LARGE = 256 * 2**10  # bytes of JSON from which on it is read and written beside the event loop
-LEAST_WAIT = b"1"  # seconds, told to who comes at a bad time
-STATUSES: tuple[tuple[type[AccelerandoError], int], ...] = (
-    (UnknownModelError, 404),
-    (MissingExtraError, 501),
-    (RefusalError, 501),
-    (UsageError, 400),
-    (BundleError, 400),
-    (OverloadedError, 503),
-    (ClosedError, 503),
-    (DeadlineError, 504),
-    (RowsError, 500),
-)
 UNOFFERED = ("systemsharedmemory", "cudasharedmemory", "trace", "logging")  # extensions that clients may know
 log = logging.getLogger(__name__)
 
@@ -84,6 +62,7 @@ class Request:
 
 
 Handler = Callable[[Request], Awaitable[Reply]]
+NOTHING: Mapping[str, Handler] = {}
 
 
 class Rest:
@@ -92,26 +71,28 @@ class Rest:
     Args:
         shelf: the models.
         settings: limits, and the server's name.
-        fallback: answers what is not in the protocol (pages, metrics), and lifespan events; else that is 404.
+        tracing: of the requests for inference.
+        pages: whether the dashboard and the metrics stand before it, so that its document lists them.
     """
 
-    def __init__(self, shelf: Repository, settings: Settings | None = None, fallback: App | None = None) -> None:
+    def __init__(
+        self, shelf: Repository, settings: Settings | None = None, *, tracing: Tracing = OFF, pages: bool = False
+    ) -> None:
         self.shelf = shelf
         self.settings = settings or Settings()
-        self.fallback = fallback
+        self.tracing = tracing
+        self.pages = pages
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not _ours(scope["path"]):
-            await self._elsewhere(scope, receive, send)
+        if scope["type"] != "http":
+            await _aside(scope["type"], receive, send)
             return
         try:
             reply = await self._answer(scope, receive)
         except GoneError:
             return  # nobody is there to be answered
-        except ReplyError as error:
-            reply = as_error(error.status, error.words, error.headers)
         except AccelerandoError as error:
-            reply = _reply_to(error)
+            reply = reply_to(error)
         except Exception:
             log.exception("an error of the server's own at %s %s", scope["method"], scope["path"])
             reply = as_error(500, "an error of the server's own; its log has the details")
@@ -132,27 +113,29 @@ class Rest:
     def _find(self, path: str) -> tuple[Mapping[str, Handler], str, str | None]:
         """The methods that a path has, and the model that it names."""
         parts = path.removesuffix("/").split("/")[1:]
-        match parts[1:]:
-            case ["models", name, "infer"] if name:
-                return {"POST": self._infer}, name, None
-            case ["models", "stats"]:
-                return {"GET": self._all_statistics}, "", None
-            case ["models", name, "versions", version, *rest] if name and version:
+        name, methods = "", NOTHING
+        version: str | None = None
+        match parts:
+            case ["v2", "models", "stats"]:
+                methods = {"GET": self._all_statistics}
+            case ["v2", "models", name, "versions", version, *rest] if name and version:
                 methods = self._of_model(rest)
-            case ["models", name, *rest] if name:
-                version, methods = None, self._of_model(rest)
-                if rest == ["goal"]:
-                    methods = {"GET": self._goal, "PUT": self._set_goal}
-            case ["repository", "models", name, "load" | "unload" as verb] if name:
-                return {"POST": self._load if verb == "load" else self._unload}, name, None
-            case rest:
-                name, version, methods = "", None, self._of_server(parts[0], rest)
+            case ["v2", "models", name, "goal"] if name:
+                methods = {"GET": self._goal, "PUT": self._set_goal}
+            case ["v2", "models", name, *rest] if name:
+                methods = self._of_model(rest)
+            case ["v2", "repository", "models", name, "load"] if name:
+                methods = {"POST": self._load}
+            case ["v2", "repository", "models", name, "unload"] if name:
+                methods = {"POST": self._unload}
+            case _:
+                methods = self._of_server(parts)
         if not methods:
             raise ReplyError(404, f"there is nothing at {path[:200]}; /openapi.json lists what there is")
         return methods, name, version
 
-    def _of_server(self, first: str, rest: list[str]) -> Mapping[str, Handler]:
-        match first, *rest:
+    def _of_server(self, parts: list[str]) -> Mapping[str, Handler]:
+        match parts:
             case ["v2"]:
                 return {"GET": self._server}
             case ["v2", "health", "live"]:
@@ -186,13 +169,17 @@ class Rest:
     # --- inference
 
     async def _infer(self, request: Request) -> Reply:
+        with self.tracing.request(request.name, "http", request.headers.items()) as trace:
+            return await self._traced(request, trace)
+
+    async def _traced(self, request: Request, trace: Trace) -> Reply:
         served, settings, headers = self.shelf.find(request.name, request.version), self.settings, request.headers
         _check_kind(headers)
         header = _header_length(headers)
-        most = settings.max_json_bytes if header is None else settings.max_body_bytes
+        most = settings.max_body_bytes if header is not None else min(settings.max_body_bytes, settings.max_json_bytes)
         offset = header or 0
         body = await read_body(headers, request.receive, most=most, seconds=settings.body_seconds, offset=offset)
-        size = len(body) if header is None else header
+        size = len(body) if header is None else min(header, len(body))
         if size > settings.max_json_bytes:
             words = f"the JSON has {size} bytes, but at most {settings.max_json_bytes} are taken; send binary tensors"
             raise ReplyError(413, words)
@@ -202,7 +189,8 @@ class Rest:
         ticket = served.submit(
             asked.leaves, seconds=wishes.seconds, min_quality=wishes.min_quality, priority=wishes.priority
         )
-        answer = await _result(ticket.future, request.receive)
+        answer = await result_of(ticket.future, request.receive)
+        trace.answered(answer.why, ticket.rows, late=time.monotonic() > ticket.deadline)
         return await self._reply(request, served, asked, answer)
 
     async def _reply(self, request: Request, served: Served, asked: Asked, answer: Answer) -> Reply:
@@ -213,7 +201,8 @@ class Rest:
             reply = Reply(200, text)
         else:
             length = ((b"inference-header-content-length", str(len(text)).encode()),)
-            reply = Reply(200, b"".join((text, *pieces)), BINARY, length)
+            parts = [piece if isinstance(piece, bytes) else piece.data for piece in pieces]
+            reply = Reply(200, b"".join([text, *parts]), BINARY, length)
         return await packed(reply, request.headers, self.settings.compress_from)
 
     # --- the server
@@ -231,7 +220,7 @@ class Rest:
 
     async def _document(self, request: Request) -> Reply:
         return await packed(
-            as_json(document(self.settings, self.shelf, pages=self.fallback is not None)),
+            as_json(document(self.settings, self.shelf, pages=self.pages)),
             request.headers,
             self.settings.compress_from,
         )
@@ -290,16 +279,20 @@ class Rest:
         return as_json([index_entry(e) for e in self.shelf.index() if e.state == "READY" or not only])
 
     async def _load(self, request: Request) -> Reply:
-        parameters = (await self._small(request, ("parameters",))).get("parameters") or {}
-        if not isinstance(parameters, dict):
-            raise DataError("parameters must be an object")
-        await asyncio.to_thread(self.shelf.load, request.name, parameters)
+        await asyncio.to_thread(self.shelf.load, request.name, await self._parameters(request))
         return as_json({})
 
     async def _unload(self, request: Request) -> Reply:
-        await self._small(request, ("parameters",))
+        await self._parameters(request)  # Triton's `unload_dependents`: there are none here
         await asyncio.to_thread(self.shelf.unload, request.name)
         return as_json({})
+
+    async def _parameters(self, request: Request) -> dict[str, Any]:
+        """What goes with an order to load or unload."""
+        found = (await self._small(request, ("parameters",))).get("parameters")
+        if not isinstance(found, (dict, type(None))):
+            raise DataError("parameters must be an object")
+        return found or {}
 
     async def _small(self, request: Request, fields: tuple[str, ...]) -> dict[str, Any]:
         """A body of a few settings; it may be left out."""
@@ -310,21 +303,6 @@ class Rest:
             raise DataError(f"the body has a field {unknown[0][:60]!r}, but may have {', '.join(fields)}")
         return found
 
-    async def _elsewhere(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """What is not of the protocol."""
-        if self.fallback is not None:
-            await self.fallback(scope, receive, send)
-        elif scope["type"] == "http":
-            reply = as_error(404, f"there is nothing at {scope['path'][:200]}; /openapi.json lists what there is")
-            await reply.deliver(send, head=scope["method"] == "HEAD")
-        elif scope["type"] == "websocket":
-            await receive()
-            await send({"type": "websocket.close", "code": 1000})
-        else:
-            while (await receive())["type"] == "lifespan.startup":
-                await send({"type": "lifespan.startup.complete"})
-            await send({"type": "lifespan.shutdown.complete"})
-
 
 PAGE_HEADERS = (
     (b"content-security-policy", b"default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
@@ -333,8 +311,15 @@ PAGE_HEADERS = (
 )  # fmt: skip
 
 
-def _ours(path: str) -> bool:
-    return path.startswith("/v2/") or path in ("/v2", "/openapi.json", "/docs")
+async def _aside(kind: str, receive: Receive, send: Send) -> None:
+    """What is not a request: nothing is to be prepared, and no sockets are offered."""
+    if kind == "websocket":
+        await receive()
+        await send({"type": "websocket.close", "code": 1000})
+        return
+    while (await receive())["type"] == "lifespan.startup":
+        await send({"type": "lifespan.startup.complete"})
+    await send({"type": "lifespan.shutdown.complete"})
 
 
 def _check_kind(headers: Headers) -> None:
@@ -354,57 +339,3 @@ def _header_length(headers: Headers) -> int | None:
         words = f"must be a whole number, but is {given.decode('latin-1')[:60]!r}"
         raise ReplyError(400, f"Inference-Header-Content-Length {words}")
     return int(given)
-
-
-def _reply_to(error: AccelerandoError) -> Reply:
-    """The answer that an error of ours is to its client."""
-    status = next((status for kind, status in STATUSES if isinstance(error, kind)), 500)
-    words = f"Request for unknown model: {error}" if status == 404 else str(error)  # as Triton begins it
-    if status == 500:
-        log.warning("a request failed: %s", error)
-    return as_error(status, words, [(b"retry-after", LEAST_WAIT)] if status == 503 else [])
-
-
-async def _result(future: Future[Answer], receive: Receive) -> Answer:
-    """What the runtime answers; cancelled, so that its rows leave the queue, if the client goes away meanwhile.
-
-    Raises:
-        GoneError: the client went away.
-        ServingError: the runtime did not answer.
-    """
-    if not future.done():
-        loop = asyncio.get_running_loop()
-        woken = loop.create_future()
-
-        def settle() -> None:
-            if not woken.done():
-                woken.set_result(None)
-
-        def wake(_: Future[Answer]) -> None:
-            try:
-                loop.call_soon_threadsafe(settle)
-            except RuntimeError:
-                log.debug("an answer came after the event loop had been closed")
-
-        watcher = loop.create_task(_depart(receive, woken))
-        future.add_done_callback(wake)
-        try:
-            await woken
-        finally:  # also where the server is closing, and cancels us
-            watcher.cancel()
-            if not future.done():
-                future.cancel()
-        if woken.result() == "gone":
-            raise GoneError
-    try:
-        return future.result()
-    except CancelledError as error:
-        raise ClosedError("the server is closing, and dropped the request") from error
-
-
-async def _depart(receive: Receive, woken: asyncio.Future[str | None]) -> None:
-    """Wait until the client goes away."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
-    if not woken.done():
-        woken.set_result("gone")

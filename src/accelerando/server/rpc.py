@@ -14,7 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from accelerando.errors import (
     UnknownModelError,
     UsageError,
 )
-from accelerando.server.access import Settings, Tokens, _token
+from accelerando.server.access import Settings, Tokens
 from accelerando.server.calls import Calls
 from accelerando.server.probes import Probes
 from accelerando.server.protocol import Method, inference
@@ -44,6 +45,7 @@ from accelerando.server.tracing import OFF, Tracing
 log = logging.getLogger(__name__)
 LONGEST = 1_200  # bytes of an error's text: it travels percent-encoded in a header, of which clients take 8 KiB
 OPEN = ("ServerLive", "ServerReady")  # what watches a server has no token
+SPARE_CALLS = 100  # beyond the most, for those and for probes: who watches must not take a busy server for a dead one
 COMPRESSIONS = {
     "none": grpc.Compression.NoCompression, "gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate,
 }  # fmt: skip
@@ -115,25 +117,27 @@ def serve_rpc(
     tracing: Tracing = OFF,
     most_calls: int = 1000,
     compression: str = "none",
+    always_raw: bool = False,
 ) -> RpcServer:
     """A server that listens, but answers only once it is started; call this inside the event loop that is to serve.
 
     Args:
         settings: `max_body_bytes` bounds one message, compressed or not.
         port: 0 for any that is free.
-        most_calls: that may be under way at once; further ones are refused.
+        most_calls: that may be under way at once, streams among them; further ones are refused, but for probes.
         compression: of answers: none, gzip or deflate; requests may come in any of them.
+        always_raw: answer with raw tensors also where the request's came in typed, as Triton does.
 
     Raises:
         UsageError: the port is taken, a file of `tls` can't be used, or there is no such compression.
     """
     if compression not in COMPRESSIONS:
         raise UsageError(f"the compression was {compression!r}; there are {', '.join(COMPRESSIONS)}")
-    calls = Calls(shelf, settings, tracing)
+    calls = Calls(shelf, settings, tracing, always_raw)
     server = grpc.aio.server(
-        handlers=[_Door(calls, settings).handlers(), Probes(calls).handlers()],
+        handlers=[_Door(calls, settings, most_calls).handlers(), Probes(calls).handlers()],
         options=_options(settings),
-        maximum_concurrent_rpcs=most_calls,
+        maximum_concurrent_rpcs=most_calls + SPARE_CALLS,
         compression=COMPRESSIONS[compression],
     )
     return RpcServer(
@@ -172,8 +176,9 @@ def _listen(server: Any, address: str, tls: Tls | None) -> int:
 class _Door:
     """Lets calls in, parses their messages, and turns errors into statuses."""
 
-    def __init__(self, calls: Calls, settings: Settings) -> None:
-        self.calls = calls
+    def __init__(self, calls: Calls, settings: Settings, most_calls: int) -> None:
+        self.calls, self.most_calls = calls, most_calls
+        self.under_way = 0
         self.tokens = None if settings.tokens is None else Tokens(settings.tokens)
 
     def handlers(self) -> Any:
@@ -189,11 +194,7 @@ class _Door:
         return grpc.unary_unary_rpc_method_handler(self._unary(method, call))
 
     def _unary(self, method: Method, call: Callable[..., Awaitable[Any]]) -> Any:
-        guarded = method.name not in OPEN
-
         async def answer(data: bytes, context: Any) -> bytes:
-            if guarded:
-                await self._admit(context)
             try:
                 message = await call(_parse(method, data), context)
                 return message.SerializeToString()
@@ -202,51 +203,70 @@ class _Door:
             await context.abort(*_status(failure))
             raise AssertionError("abort always raises")
 
-        return answer
+        async def guarded(data: bytes, context: Any) -> bytes:
+            async with self._inside(context):
+                return await answer(data, context)
+
+        return answer if method.name in OPEN else guarded
 
     def _stream(self, method: Method, call: Callable[..., Awaitable[Any]]) -> Any:
         """Requests one after the other, each answered before the next is read; an error does not end the stream."""
 
         async def answers(requests: Any, context: Any) -> AsyncIterator[bytes]:
-            await self._admit(context)
-            async for data in self._until_stopping(context):
-                request = None
-                try:
-                    request = _parse(method, data)
-                    message = await call(request, context)
-                except Exception as error:  # noqa: BLE001  as above
-                    message = method.response(error_message=_status(error)[1])
-                    message.infer_response.id = request.id if request else ""
-                yield message.SerializeToString()
+            async with self._inside(context), aclosing(self._until_stopping(context)) as taken:
+                async for data in taken:
+                    request = None
+                    try:
+                        request = _parse(method, data)
+                        message = await call(request, context)
+                    except Exception as error:  # noqa: BLE001  as above
+                        message = method.response(error_message=_status(error)[1])
+                        message.infer_response.id = request.id if request else ""
+                    yield message.SerializeToString()
 
         return answers
 
-    async def _until_stopping(self, context: Any) -> AsyncIterator[bytes]:
+    async def _until_stopping(self, context: Any) -> AsyncGenerator[bytes, None]:
         """The messages of a stream, until the client ends it or the server stops."""
         stopping = asyncio.ensure_future(self.calls.stopping.wait())
+        waiting = {stopping}
         try:
             while True:
                 read = asyncio.ensure_future(context.read())
-                await asyncio.wait({read, stopping}, return_when=asyncio.FIRST_COMPLETED)
+                waiting = {read, stopping}
+                await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
                 if not read.done():
-                    read.cancel()
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
                 if read.result() is grpc.aio.EOF:
                     return
                 yield read.result()
         finally:
-            stopping.cancel()
+            for task in waiting:
+                task.cancel()
+
+    @asynccontextmanager
+    async def _inside(self, context: Any) -> AsyncIterator[None]:
+        """A call that was let in: its caller has a token, and there is room for it."""
+        await self._admit(context)
+        if self.under_way >= self.most_calls:
+            words = f"{self.under_way} calls are under way, the most that are taken at once; try again later"
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
+        self.under_way += 1
+        try:
+            yield
+        finally:
+            self.under_way -= 1
 
     async def _admit(self, context: Any) -> None:
         if self.tokens is None:
             return
         given = next((value for key, value in context.invocation_metadata() or () if key == "authorization"), "")
-        token = _token(given.encode("latin-1", "replace") if isinstance(given, str) else given)
-        if token is None or not self.tokens.admit(token):
-            words = "the token is not valid (any longer)" if token else "a token is needed"
-            await context.abort(
-                grpc.StatusCode.UNAUTHENTICATED, f"{words}: send the metadata `authorization: Bearer TOKEN`"
-            )
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() == "bearer" and self.tokens.admit(token.strip().encode("latin-1", "replace")):
+            return
+        words = "the token is not valid (any longer)" if scheme.lower() == "bearer" else "a token is needed"
+        words += ": send the metadata `authorization: Bearer TOKEN`"
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, words)
 
 
 def _refusal(why: str) -> Any:

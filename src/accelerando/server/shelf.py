@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from accelerando.errors import AccelerandoError, ClosedError, UnknownModelError
+from accelerando.errors import AccelerandoError, ClosedError, UnknownModelError, UsageError
 from accelerando.serve.governed import GovernedModel
 from accelerando.server.repository import Entry
 
@@ -98,6 +98,10 @@ class Shelf:
     def load(self, name: str, parameters: Mapping[str, object] | None = None) -> None:
         """Load a model, or go over to what its folder holds by now; see `Repository`."""
         self._know(name)
+        if parameters:
+            raise UsageError(
+                f"{', '.join(map(repr, parameters))} was given, but a bundle is loaded as it is; leave it out"
+            )
         with self._changing[name]:
             with self._lock:
                 self._loading.add(name)

@@ -193,7 +193,7 @@ class _Spanned:
 
 
 def outcome_of(error: BaseException) -> str:
-    """What became of a request that ended in an error, in the words of the metrics, or `invalid`: its caller's mistake."""
+    """What became of a request that ended in an error: the metrics' words, or `invalid`, its caller's mistake."""
     if isinstance(error, OverloadedError):
         return "refused"
     if isinstance(error, DeadlineError):

@@ -2,6 +2,7 @@
 /* global uPlot */
 import { at, bytes, count, el, percent, quality, rate, say, seconds } from "./elements.js";
 
+const LEAST = 60; // seconds that are shown at least, when little has been seen yet
 const GAP = 6; // seconds without a point that break a line
 const share = (x) => (x === null || x === undefined ? "\u2013" : percent(x));
 
@@ -45,7 +46,7 @@ export const show = (given, columns, points, window) => {
   const times = points.map((p) => p[0]);
   for (const one of plots) {
     const data = table(one.chart, columns, points, times);
-    one.limits = [now - window, now];
+    one.limits = [Math.max(now - window, Math.min(now - LEAST, times.length ? times[0] : now)), now];
     one.plot.setData(data);
     const key = one.figure.querySelector(".asked");
     if (key) key.hidden = data[data.length - 1].every((y) => y === null);
@@ -109,8 +110,9 @@ const options = (one, width, colour) => {
       y: { distr: chart.log ? 3 : 1, log: 10, range: (plot, low, high) => limits(chart, low, high) },
     },
     axes: [
-      { ...axis, space: 70, size: 26, values: (plot, at_) => at_.map((t) => new Date(t * 1000).toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit" })), incrs: [60, 120, 300] },
-      { ...axis, size: 58, space: 30, splits: chart.log ? decades : undefined, values: (plot, at_) => at_.map((y) => (y === null ? "" : chart.axis(y))) },
+      { ...axis, space: 70, size: 26, values: (plot, splits, i, space, step) => splits.map((t) => moment(t, step < 60 ? 8 : 5, one.limits)),
+        incrs: [5, 10, 20, 30, 60, 120, 300] },
+      { ...axis, size: 58, space: 30, splits: chart.log ? decades : undefined, filter: (plot, splits) => splits, values: (plot, splits) => splits.map((y) => (y === null ? "" : chart.axis(y))) },
     ],
     series: [{}, ...chart.lines.map(([, , tone, dashed], i) => ({
       stroke: colour(tone), width: 1.75, dash: dashed ? [5, 4] : undefined, points: { show: false },
@@ -120,6 +122,9 @@ const options = (one, width, colour) => {
     hooks: { setCursor: [() => point(one)] },
   };
 };
+
+// A time of day; none at the very edge, where it would be cut.
+const moment = (t, length, [from, to]) => (to - t < 0.06 * (to - from) ? "" : new Date(t * 1000).toLocaleTimeString("en-GB").slice(0, length));
 
 // 1, 10, 100 of a logarithmic axis; with 2 and 5 between them where it is short.
 const decades = (plot, axis, low, high) => {

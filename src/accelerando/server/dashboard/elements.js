@@ -47,7 +47,7 @@ export const count = (x) => (known(x) ? Math.round(x).toLocaleString("en") : "\u
 export const brief = (x) => (!known(x) ? "\u2013" : x < 10000 ? count(x)
   : x < 1e6 ? `${number(x / 1e3)}k` : x < 1e9 ? `${number(x / 1e6)}M` : `${number(x / 1e9)}G`);
 export const times = (x) => (known(x) ? `${number(x)}${NARROW}\u00d7` : "\u2013");
-export const rate = (x) => (!known(x) ? "\u2013" : x >= 100 || x === 0 ? count(x) : number(x));
+export const rate = (x) => (!known(x) ? "\u2013" : x >= 100 || x < 0.005 ? count(x) : number(x, x < 1 ? 2 : 3));
 export const seconds = (s, space = NARROW) => (!known(s) ? "\u2013" : s >= 1 ? `${number(s)}${space}s`
   : s >= 1e-3 ? `${number(s * 1e3)}${space}ms` : `${number(s * 1e6)}${space}${space ? "\u00b5" : "u"}s`);
 export const bytes = (b) => (!known(b) ? "\u2013" : b >= 1e9 ? `${number(b / 1e9)}${NARROW}GB`

@@ -8,12 +8,10 @@ const WORDS = { latency: "Half of the answers within", p95: "95 % of the answers
 
 let model = null; // as the server last told it
 let edited = false; // the reader has changed something that is not in force
-let sent = ""; // what was sent and is not yet seen in force
 
 export const show = (given) => {
-  if (model && model.name !== given.name) { edited = false; sent = ""; answer(""); }
+  if (model && model.name !== given.name) { edited = false; answer(""); }
   model = given;
-  if (sent && given.goal.text === sent) sent = "";
   if (!edited) {
     if (at("goal").value !== given.goal.text) at("goal").value = given.goal.text;
     place();
@@ -24,12 +22,12 @@ export const show = (given) => {
 const speedBound = () => model.goal.bounds.find((b) => LATENCY.includes(b.quantity))
   || model.goal.bounds.find((b) => b.quantity === "throughput") || null;
 
-// What the slider spans, from what the rungs can do; far enough to hold what is asked for.
+// What the slider spans: what the rungs can do, and room on both sides of what is asked for.
 const reach = (bound) => {
   const costs = model.status.rungs.map((r) => r.seconds).filter((s) => s > 0);
-  const fast = Math.min(...costs, 1e-1), slow = Math.max(...costs, 1e-4);
+  const [fast, slow] = costs.length ? [Math.min(...costs), Math.max(...costs)] : [1e-4, 1e-2];
   const ends = bound && bound.quantity === "throughput" ? [0.02 / slow, 2 / fast] : [fast, 50 * slow];
-  return bound ? [Math.min(ends[0], bound.value), Math.max(ends[1], bound.value)] : ends;
+  return bound ? [Math.min(ends[0], bound.value / 4), Math.max(ends[1], 4 * bound.value)] : ends;
 };
 
 const place = () => {
@@ -66,6 +64,9 @@ const moved = () => {
 
 const buttons = () => {
   at("goal-set").disabled = !edited || !at("goal").value.trim();
+  at("goal").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.isComposing) { event.preventDefault(); at("goal-form").requestSubmit(); }
+  });
   at("goal-undo").hidden = !edited;
 };
 
@@ -90,7 +91,7 @@ const send = async (asked) => {
       await send(asked);
       return;
     }
-    if (reply.ok) { edited = false; sent = text; answer("In force from the next batch on."); }
+    if (reply.ok) { edited = false; answer("In force from the next batch on."); }
     else answer(await refusal(reply), true);
   } catch (error) {
     answer(`The goal was not changed: ${error.message || error}`, true);

@@ -3,6 +3,8 @@ import { at, brief, bytes, el, keep, mark, quality, range, say, seconds, svg, ti
 
 const LONG = 96; // characters of a recipe that are shown before it is opened
 const STATES = { ready: "ready", loading: "loading", out: "not loaded", quarantined: "quarantined", failed: "failed" };
+const MOST = { wide: 7, narrow: 4 }; // rungs that are shown with every detail unasked
+const narrow = matchMedia("(max-width: 680px)");
 const FIGURES = ["Speed", "Quality", "Memory", "Answered"];
 
 export const show = (status) => {
@@ -10,6 +12,9 @@ export const show = (status) => {
   const scale = span(rungs);
   say(at("scale-low"), scale ? quality(scale.low) : "");
   say(at("scale-high"), scale ? quality(scale.high) : "");
+  const crowd = rungs.length > (narrow.matches ? MOST.narrow : MOST.wide);
+  at("details").hidden = !crowd;
+  at("ladder").classList.toggle("dense", crowd && at("details").getAttribute("aria-pressed") !== "true");
   const whole = rungs.reduce((sum, rung) => sum + rung.answered, 0);
   keep(at("ladder"), rungs, (r) => `${status.name}/${status.version}/${r.number}/${r.recipe}`, make,
     (node, rung) => fill(node, rung, rung.number === status.standing, scale, whole));
@@ -18,6 +23,12 @@ export const show = (status) => {
 };
 
 const tenths = (x) => `${Math.floor(1000 * x + 1e-9) / 10}\u202f%`;
+
+at("details").addEventListener("click", () => {
+  const all = at("details").getAttribute("aria-pressed") !== "true";
+  mark(at("details"), "aria-pressed", String(all));
+  at("ladder").classList.toggle("dense", !all);
+});
 
 // Ends of the axis that all rungs share.
 const span = (rungs) => {

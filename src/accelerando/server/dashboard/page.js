@@ -33,7 +33,8 @@ const gather = (state, first) => {
 
 const show = () => {
   pick();
-  say(at("foot"), `accelerando ${latest.version}.  Figures without a time are of the last minute.  Prometheus reads /metrics.`);
+  say(at("foot"), `accelerando ${latest.version}.  Figures without a time are of the last minute; `
+    + "latencies are read off a histogram and as rough as its buckets.  Prometheus reads /metrics.");
   const model = picked();
   const ready = model !== null && model.state === "READY";
   at("loaded").hidden = !ready;
@@ -99,7 +100,8 @@ const showCards = ({ status, recent }) => {
   const cards = [
     ["Quality of the answers", answers ? quality(answers.mid) : "\u2013",
       `${status.metric}${answers ? `, ${range(answers, quality)}` : ""}${recent.quality !== null ? `; ${quality(recent.quality)} with missed ones as 0` : ""}`],
-    ["Stands on", rung ? `Rung ${rung.number} of ${status.rungs.length - 1}` : "\u2013", rung ? `${times(rung.speedup.mid)} faster than the original` : ""],
+    ["Stands on", rung ? (rung.number ? `Rung ${rung.number} of ${status.rungs.length - 1}` : "The original") : "\u2013",
+      !rung ? "" : rung.number ? `${times(rung.speedup.mid)} faster than the original` : `rung 0 of ${status.rungs.length - 1}`],
     ["Computing, p99", over(recent.computed.p99, recent.computed.most),
       recent.computed.p50 === null ? "" : `half within ${seconds(recent.computed.p50)}; waiting before it, p99 ${over(recent.queued.p99, recent.queued.most)}`],
     ["Load", `${rate(status.rate)} rows/s`,

@@ -1,0 +1,132 @@
+"""`accelerando serve`: from what was typed to a server that runs."""
+
+from __future__ import annotations
+
+import asyncio
+import warnings
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerando.bundle import Bundle
+from accelerando.errors import UsageError
+from accelerando.goal import Goal
+from accelerando.goal_text import BYTES, amount
+from accelerando.serve.governed import GovernedModel, govern
+from accelerando.serve.runtime import MachineWarning
+from accelerando.server import logs
+from accelerando.server.access import Settings
+from accelerando.server.rpc import Tls
+from accelerando.server.run import Service, serve_all
+from accelerando.server.shelf import Shelf
+from accelerando.server.tracing import OFF, to_collector
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """The options of `accelerando serve`, as they were typed."""
+
+    goal: str | None
+    host: str
+    port: int
+    grpc_port: int
+    memory: str | None
+    governor: str
+    audit: float
+    isolate: bool
+    watch: bool
+    tokens: Path | None
+    certificate: Path | None
+    key: Path | None
+    max_body: str
+    log: Path | None
+    traces: str | None
+
+
+def serve_bundles(bundles: Sequence[str], wishes: Wishes, say: Callable[[str], None]) -> None:
+    """Serve until it is told to end.
+
+    Args:
+        bundles: FOLDER or NAME=FOLDER each.
+        say: told where it serves.
+
+    Raises:
+        UsageError, GoalError, BundleError: something that was given can't be; nothing has been served yet.
+    """
+    folders = named(bundles)
+    service = _service(wishes)
+    if wishes.goal is not None:
+        Goal.parse(wishes.goal)
+    for folder in folders.values():
+        Bundle.open(folder, hashes=False)
+    journal = logs.begin(wishes.log)
+
+    def made(name: str, folder: Path) -> GovernedModel:
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", MachineWarning)
+            return govern(
+                folder, goal=wishes.goal, memory=wishes.memory, governor=wishes.governor, audit=wishes.audit,
+                isolated=wishes.isolate, name=name,
+            )  # fmt: skip
+
+    def started(port: int, grpc_port: int | None) -> None:
+        scheme = "https" if service.tls else "http"
+        host = f"[{service.host}]" if ":" in service.host else service.host
+        say(f"serving {', '.join(folders)} at {scheme}://{host}:{port}")
+        if grpc_port is not None:
+            say(f"gRPC at {host}:{grpc_port}")
+
+    try:
+        shelf = Shelf(folders, made, watched=wishes.watch)
+        try:
+            _run(serve_all(shelf, service, started, journal))
+        finally:
+            shelf.close()
+    finally:
+        journal.close()
+
+
+def _run(serving: Coroutine[Any, Any, None]) -> None:
+    """In uvloop's event loop where it is to be had: the quicker one."""
+    try:
+        import uvloop
+    except ImportError:
+        asyncio.run(serving)
+    else:
+        uvloop.run(serving)
+
+
+def named(bundles: Sequence[str]) -> dict[str, Path]:
+    """Folders by name; without a name, a folder's own.
+
+    Raises:
+        UsageError: a name is not one that a path of HTTP can hold, or is there twice.
+    """
+    found: dict[str, Path] = {}
+    for text in bundles:
+        name, sign, folder = text.partition("=")
+        path = Path(folder if sign else text)
+        name = name if sign else path.resolve().name
+        if not name or not all(c.isalnum() or c in "-_." for c in name):
+            raise UsageError(
+                f"{name!r} can't be a model's name; give letters, digits, '-', '_' or '.', as in NAME={path}"
+            )
+        if name in found:
+            raise UsageError(f"two bundles are called {name!r}; give one another name, as in OTHER={path}")
+        found[name] = path
+    return found
+
+
+def _service(wishes: Wishes) -> Service:
+    if (wishes.certificate is None) != (wishes.key is None):
+        raise UsageError("TLS takes both --certificate and --key, but only one was given")
+    for path in (wishes.certificate, wishes.key, wishes.tokens):
+        if path is not None and not path.is_file():
+            raise UsageError(f"there is no file {path}")
+    tls = Tls(wishes.certificate, wishes.key) if wishes.certificate and wishes.key else None
+    settings = Settings(max_body_bytes=int(amount(wishes.max_body, BYTES, "--max-body")), tokens=wishes.tokens)
+    tracing = to_collector(wishes.traces) if wishes.traces else OFF
+    return Service(
+        wishes.host, wishes.port, wishes.grpc_port if wishes.grpc_port >= 0 else None, settings, tls, tracing
+    )

@@ -1,0 +1,262 @@
+"""`accelerando serve` as a whole: a real process, real bundles, both protocols, from its start to its end."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+from test_isolation import linear
+
+from accelerando.backends.onnxruntime import Onnxruntime
+from accelerando.recipe import Recipe
+from accelerando.testing.bundles import write_bundle
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+ROW = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 1, 1, 1]}]}
+ANSWER = [18.0, 22.0, 26.0]
+RECIPES = [Recipe((), Onnxruntime(threads=1)), Recipe((), Onnxruntime(threads=1, optimization="basic"))]
+
+
+def bundle_at(path: Path) -> Path:
+    write_bundle(path, recipes=RECIPES, content=linear(path.parent / f"{path.name}-model" / "model.onnx"))
+    return path
+
+
+@dataclass
+class Running:
+    process: subprocess.Popen[str]
+    url: str
+    grpc: str
+    bundle: Path
+
+    def ask(self, client: httpx.Client | None = None, **more: Any) -> httpx.Response:
+        return (client or httpx).post(f"{self.url}/v2/models/lin/infer", json={**ROW, **more}, timeout=60)
+
+    def stop(self) -> str:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.communicate(timeout=60)[0]
+
+
+def start(bundle: Path, *options: str) -> Running:
+    command = [sys.executable, "-m", "accelerando.cli", "serve", f"lin={bundle}", "--port", "0", "--grpc-port", "0"]
+    command = [sys.executable, "-c", "from accelerando.cli import main; main()", *command[3:]]
+    process = subprocess.Popen(
+        [*command, "--goal", "p99 <= 30s", *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout
+    guard = threading.Timer(60, process.kill)  # a server that never says where it is
+    guard.start()
+    lines = []
+    while len(lines) < 2 and (line := process.stdout.readline()):
+        lines.append(line.split()[-1])
+    guard.cancel()
+    if len(lines) < 2:
+        raise AssertionError(process.communicate(timeout=30)[1])
+    return Running(process, lines[0], lines[1], bundle)
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    found = start(bundle_at(tmp_path / "b"), "--log", str(tmp_path / "log"))
+    yield found
+    if found.process.poll() is None:
+        found.process.kill()
+    found.process.communicate(timeout=30)
+
+
+def test_both_protocols_answer_and_the_server_ends_in_order(running: Running) -> None:
+    grpc = pytest.importorskip("grpc")
+    from accelerando.server.protocol import inference
+
+    reply = running.ask(id="7")
+    assert reply.status_code == 200, reply.text
+    found = reply.json()
+    assert found["id"] == "7"
+    assert found["outputs"][0]["data"] == ANSWER
+    assert found["parameters"]["rung"] in (0, 1)
+    assert httpx.get(f"{running.url}/v2/health/ready").status_code == 200
+    assert "accelerando_requests_total" in httpx.get(f"{running.url}/metrics").text
+    assert httpx.get(f"{running.url}/").headers["content-type"].startswith("text/html")
+    assert "openapi" in httpx.get(f"{running.url}/openapi.json").json()
+    state = httpx.get(f"{running.url}/v2/dashboard/state").json()
+    assert state["models"][0]["status"]["answered"] == 1
+
+    messages = inference().messages
+    with grpc.insecure_channel(running.grpc) as channel:
+        request = messages.ModelInferRequest(model_name="lin", id="8")
+        tensor = request.inputs.add(name="x", datatype="FP32", shape=[1, 4])
+        tensor.contents.fp32_contents.extend([1, 1, 1, 1])
+        call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+        answer = messages.ModelInferResponse.FromString(call(request.SerializeToString(), timeout=60))
+    assert answer.id == "8"
+    running.stop()
+    assert running.process.returncode == 0
+
+
+def test_what_was_accepted_is_answered_when_it_is_told_to_end(running: Running) -> None:
+    done: list[int] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        with httpx.Client() as session:
+            while not stop.is_set():
+                try:
+                    done.append(running.ask(session).status_code)
+                except httpx.ConnectError:
+                    return  # it listens no more
+                except httpx.RemoteProtocolError:
+                    return  # an idle connection was closed between two requests
+
+    clients = [threading.Thread(target=client) for _ in range(4)]
+    for one in clients:
+        one.start()
+    while len(done) < 50:
+        time.sleep(0.01)
+    running.stop()
+    stop.set()
+    for one in clients:
+        one.join()
+    assert set(done) <= {200, 503}
+    assert done.count(200) >= 50
+    assert running.process.returncode == 0
+
+
+def test_a_killed_worker_loses_nothing(running: Running) -> None:
+    assert running.ask().status_code == 200
+    children = Path(f"/proc/{running.process.pid}/task/{running.process.pid}/children")
+    if not children.exists():
+        pytest.skip("this system does not tell a process's children")
+    os.kill(int(children.read_text().split()[0]), signal.SIGKILL)
+    reply = running.ask()
+    assert reply.status_code == 200, reply.text
+    assert reply.json()["outputs"][0]["data"] == ANSWER
+
+
+def test_a_new_bundle_takes_over_without_a_failed_request(running: Running, tmp_path: Path) -> None:
+    statuses: list[tuple[int, str]] = []
+    stop = threading.Event()
+
+    def client() -> None:
+        with httpx.Client() as session:
+            while not stop.is_set():
+                reply = running.ask(session)
+                statuses.append((reply.status_code, reply.json().get("model_version", reply.text)))
+
+    one = threading.Thread(target=client)
+    one.start()
+    newer = bundle_at(tmp_path / "newer")
+    shutil.copyfile(newer / "manifest.json", running.bundle / "manifest.json.new")
+    (running.bundle / "manifest.json.new").replace(running.bundle / "manifest.json")
+    for _ in range(600):
+        if statuses and statuses[-1][1] == "2":
+            break
+        time.sleep(0.1)
+    stop.set()
+    one.join()
+    assert {status for status, _ in statuses} == {200}
+    assert statuses[-1][1] == "2"
+
+
+def test_a_damaged_bundle_does_not_take_over(running: Running) -> None:
+    (running.bundle / "manifest.json").write_text("{}")
+    reply = httpx.post(f"{running.url}/v2/repository/models/lin/load", json={}, timeout=60)
+    assert reply.status_code == 400
+    assert "not-a-bundle" in reply.json()["error"] or "error" in reply.json()
+    assert running.ask().json()["outputs"][0]["data"] == ANSWER
+
+
+def test_unload_and_load(running: Running) -> None:
+    assert httpx.post(f"{running.url}/v2/repository/models/lin/unload", json={}, timeout=60).status_code == 200
+    assert running.ask().status_code == 503
+    assert httpx.post(f"{running.url}/v2/repository/models/lin/load", json={}, timeout=60).status_code == 200
+    assert running.ask().status_code == 200
+
+
+def test_the_goal_is_changed_by_the_door_that_the_dashboard_uses(running: Running) -> None:
+    changed = httpx.put(f"{running.url}/v2/models/lin/goal", json={"goal": "speedup >= 3"})
+    assert changed.status_code == 200, changed.text
+    assert running.ask().json()["parameters"]["rung"] == 1
+    wrong = httpx.put(f"{running.url}/v2/models/lin/goal", json={"goal": "quick"})
+    assert wrong.status_code == 400
+
+
+def test_the_log_is_lines_of_json(running: Running, tmp_path: Path) -> None:
+    running.ask()
+    running.stop()
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert any(line["message"] == "loaded" and line["model"] == "lin" for line in lines)
+
+
+def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) -> None:
+    import asyncio
+    import socket
+
+    from accelerando.serve.governed import govern
+    from accelerando.server.run import Service, serve_all
+    from accelerando.server.shelf import Shelf
+
+    bundle = bundle_at(tmp_path / "b")
+    shelf = Shelf({"lin": bundle}, lambda name, path: govern(path, goal="p99 <= 30s", audit=0, name=name))
+    ports: list[int] = []
+
+    async def scenario() -> tuple[bytes, bytes]:
+        service = Service(port=0, most_connections=2, head_seconds=0.5)
+        serving = asyncio.create_task(serve_all(shelf, service, lambda port, _: ports.append(port)))
+        while not ports:
+            await asyncio.sleep(0.01)
+        slow, idle, third = [await asyncio.open_connection("127.0.0.1", ports[0]) for _ in range(3)]
+        refused = await asyncio.wait_for(third[0].read(), 30)
+        slow[1].write(b"GET /v2 HTTP/1.1\r\nhost: x\r\n")
+        hung_up = await asyncio.wait_for(slow[0].read(), 30)
+        for _, writer in (slow, idle, third):
+            writer.close()
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 60)
+        return refused, hung_up
+
+    assert isinstance(socket.SO_REUSEADDR, int)
+    refused, hung_up = asyncio.run(scenario())
+    shelf.close()
+    assert b"503" in refused
+    assert json.loads(refused.split(b"\r\n\r\n")[1])["error"]
+    assert hung_up == b""
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--goal", "quick"], "quick"),
+        (["--certificate", "nowhere.pem"], "both --certificate and --key"),
+        (["--tokens", "nowhere"], "there is no file nowhere"),
+        (["--max-body", "lots"], "--max-body must be"),
+        (["--governor", "nervous"], "steady, balanced"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_served(tmp_path: Path, options: list[str], message: str) -> None:
+    bundle = bundle_at(tmp_path / "b")
+    command = [
+        sys.executable,
+        "-c",
+        "from accelerando.cli import main; main()",
+        "serve",
+        f"lin={bundle}",
+        "--port",
+        "0",
+    ]
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert np.isfinite(len(done.stdout))
