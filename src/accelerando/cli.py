@@ -249,9 +249,15 @@ def simulate(
     html: Annotated[Path | None, typer.Option(help="write the plot here")] = None,
 ) -> None:
     """Replay arrivals against the ladder's measured times, without running a model: what each policy would do."""
-    from accelerando.serve.simulation import run_simulation
+    from accelerando.report.simulation import render, write
+    from accelerando.serve.simulation import simulate_bundle
 
-    _say(run_simulation(bundle, trace, goal, html))
+    found = simulate_bundle(bundle, trace, goal)
+    typer.echo(render(found))
+    if html:
+        _need("plotly")
+        write(found, html)
+        _say(f"page written to {html}")
 
 
 @app.command()
@@ -266,7 +272,7 @@ def export(
     from accelerando.model_repository import export_bundle
 
     for path in export_bundle(Bundle.open(bundle), to, into, rung):
-        _say(str(path))
+        typer.echo(path)
 
 
 @app.command()

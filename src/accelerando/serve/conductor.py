@@ -21,7 +21,7 @@ from accelerando.serve import batches
 from accelerando.serve.aims import Aims
 from accelerando.serve.deadlines import DeadlineQueue
 from accelerando.serve.estimates import ArrivalRate, Slowdown
-from accelerando.serve.governor import GLANCE, Decides, Decision, RungState, Signal
+from accelerando.serve.governor import GLANCE, Decides, Decision, RungState, Signal, soonest
 from accelerando.serve.residents import Resident, Residents
 from accelerando.serve.status import Stand
 from accelerando.serve.tally import Tally
@@ -118,7 +118,6 @@ class Conductor:
     def _look_again(self) -> None:
         with self._lock:
             self._states = self._company.states()
-            self._fastest = min((s for s in self._states if s.ready), key=lambda s: s.seconds(1), default=None)
             best = self._best()
             if self._company.watch is not None and best is not None:
                 self._company.watch.refer_to(best.number)
@@ -164,27 +163,24 @@ class Conductor:
         if self._closing:
             raise ClosedError("the model was closed; load it again")
         now = ticket.arrived
-        self._rate.observe(now, ticket.rows)
-        if ticket.deadline == math.inf or self._fastest is None:
+        self._rate.observe(now, ticket.rows, waits=self._busy or len(self._queue) > 0)
+        if ticket.deadline == math.inf:
             return
-        rows = self._queue.rows_before(ticket.priority, ticket.deadline) + ticket.rows
-        wait = max(self._busy_until - now, 0.0) if self._busy else 0.0
-        needed = wait + self._slowness(now) * self._seconds_for(rows)
+        ahead = self._queue.rows_before(ticket.priority, ticket.deadline)
+        busy = max(self._busy_until - now, 0.0) if self._busy else 0.0
+        needed = soonest(self._rungs_for(ticket.rows), ticket.rows, ahead, busy, self._slowness(now), ticket.floor)
         if now + needed > ticket.deadline:
             self.tally.turned_away("refused", ticket.rows)
             raise OverloadedError(
-                f"{ticket.deadline - now:.3g} s were given, but with {rows - ticket.rows} rows before it even the "
-                f"fastest rung would answer in about {needed:.3g} s; give it longer, or send less"
+                f"{ticket.deadline - now:.3g} s were given, but with {ahead} rows before it even the fastest rung "
+                f"would answer in about {needed:.3g} s; give it longer, or send less"
             )
 
-    def _seconds_for(self, rows: int) -> float:
-        """What these rows take on the fastest rung."""
-        fastest = self._fastest
-        if fastest is None:
-            return 0.0
-        whole, rest = divmod(rows, fastest.most_rows)
-        alone = fastest.seconds(1) * rows  # where requests do not share batches
-        return min(alone, whole * fastest.seconds(fastest.most_rows) + (fastest.seconds(rest) if rest else 0.0))
+    def _rungs_for(self, rows: int) -> tuple[RungState, ...]:
+        """The rungs, as they are for a request of so many rows, which goes piece by piece where it has too many."""
+        if all(s.most_rows >= rows for s in self._states):
+            return self._states
+        return tuple(replace(s, most_rows=max(s.most_rows, rows)) for s in self._states)
 
     def _slowness(self, now: float) -> float:
         """How much slower than usual calls are, as far as is known: what was seen fades while nothing runs.
@@ -245,13 +241,10 @@ class Conductor:
     def _decide(self, queue: tuple[tuple[float, int, float], ...], rows: int) -> Decision:
         now, aims = self._clock(), self._company.aims
         signal = Signal(
-            now, rows, queue, self._rate.at(now), self._slowness(now), aims.patience,
+            now, rows, queue, self._rate.pressing(now), self._slowness(now), aims.patience,
             math.inf if aims.quality == -math.inf else self._bank, aims.quality,
         )  # fmt: skip
-        states, most = self._states, queue[0][1]
-        if any(s.most_rows < most for s in states):  # it goes piece by piece
-            states = tuple(replace(s, most_rows=max(s.most_rows, most)) for s in states)
-        decision = self._governor.decide(self._last, signal, states)
+        decision = self._governor.decide(self._last, signal, self._rungs_for(queue[0][1]))
         if decision.rung is not None:
             if self._last is None or self._last.rung != decision.rung:
                 self.tally.switches += self._last is not None
