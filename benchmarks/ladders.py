@@ -1,0 +1,50 @@
+"""A ladder to stand on: the ViT on MNIST with rungs of several speeds, each built, healed, measured and certified."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from accelerando.adoption import adopt
+from accelerando.backends.onnxruntime import Onnxruntime
+from accelerando.bundle import Bundle
+from accelerando.goal import Goal
+from accelerando.machine import Machine
+from accelerando.plugins import find
+from accelerando.recipe import Recipe
+from accelerando.search.budget import Budget
+from accelerando.search.grounds import attempt
+from accelerando.search.history import Proposal
+from accelerando.search.site import Site
+from accelerando.search.space import original_recipe
+from accelerando.techniques.distil import Distil
+from accelerando.techniques.drop_layers import DropLayers
+from accelerando.techniques.export_onnx import ExportOnnx
+from accelerando.techniques.prune_channels import PruneChannels
+from accelerando.techniques.quantize_dynamic import QuantizeDynamic
+from benchmarks.cases import CASES
+
+LESSON = 20  # seconds for each shape
+ONE = Onnxruntime(threads=1, batch=1)  # one core computes, the other is left to who sends
+SHAPES = ((), (DropLayers(0.34),), (DropLayers(0.51),), (DropLayers(0.67),), (DropLayers(0.67), PruneChannels(0.5)))
+
+
+def vit_ladder() -> Path:
+    """The bundle's folder; it is kept in ACCELERANDO_BENCH_FOLDER where that is set."""
+    folder = Path(os.environ.get("ACCELERANDO_BENCH_FOLDER", tempfile.mkdtemp())) / "vit-ladder"
+    if (folder / "manifest.json").exists():
+        return Bundle.open(folder).path
+    case = CASES["vit-heal"]()
+    workload = adopt(case.model, case.data, train=case.train, metric=case.metric)
+    original = original_recipe(workload.model, {"eager": find("backends", "eager")})
+    recipes = [original, Recipe((ExportOnnx(),), ONE)]
+    for shape in SHAPES:
+        lessons = (Distil(seconds=LESSON),) if shape else ()
+        recipes.append(Recipe((*shape, *lessons, ExportOnnx(), QuantizeDynamic()), ONE))
+    goal = Goal.parse("drop <= 50%")
+    with Site(folder, workload, Machine.look(), goal, Budget(900), original) as site:
+        history = site.history()
+        for recipe in recipes:
+            history = site.note(history, attempt(Proposal(recipe, "a rung"), site.grounds, history, 300))
+        return site.finish(history, lambda recipe, doing: None).path
