@@ -16,7 +16,8 @@ from accelerando.goal import Goal
 from accelerando.ladder import Ladder, Rung
 from accelerando.recipe import Runner
 from accelerando.serve.aims import Aims
-from accelerando.serve.conductor import Company, Conductor
+from accelerando.serve.company import Company
+from accelerando.serve.conductor import Conductor
 from accelerando.serve.governor import RESPONSIVE, Decides
 from accelerando.serve.residents import Residents
 from accelerando.serve.tickets import Ticket

@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from test_isolation import linear
 
 from accelerando.backends.onnxruntime import Onnxruntime
 from accelerando.recipe import Recipe
-from accelerando.testing.bundles import write_bundle
+from accelerando.signature import Port
+from accelerando.testing.bundles import SIGNATURE, write_bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
+ROOT = Path(__file__).parents[1]
+CAN_NOT_BE_HAD = 75  # how scripts/triton-venv ends where the registry can't be reached
 ROW = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 1, 1, 1]}]}
 ANSWER = [18.0, 22.0, 26.0]
 RECIPES = [Recipe((), Onnxruntime(threads=1)), Recipe((), Onnxruntime(threads=1, optimization="basic"))]
@@ -233,6 +236,54 @@ def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) ->
     assert b"503" in refused
     assert json.loads(refused.split(b"\r\n\r\n")[1])["error"]
     assert hung_up == b""
+
+
+def test_the_example_asks_a_served_model_by_tritonclient(tmp_path: Path) -> None:
+    """`examples/serve_digits/call.py`, in the venv of the outside client, against a bundle of the digits' shape."""
+    made = subprocess.run([str(ROOT / "scripts" / "triton-venv")], capture_output=True, text=True, timeout=300)
+    if made.returncode == CAN_NOT_BE_HAD:
+        pytest.skip(made.stderr.strip())
+    assert made.returncode == 0, made.stderr
+    signature = replace(
+        SIGNATURE,
+        inputs=(Port("input", "float32", ("batch", 1, 8, 8)),),
+        outputs=(Port("output", "float32", ("batch", 10)),),
+        parameters=("input",),
+        arguments={"input": {"leaf": 0}},
+    )
+    rows = [np.random.default_rng(0).random((4, 1, 8, 8), np.float32)]
+    bundle = tmp_path / "digits"
+    write_bundle(bundle, recipes=RECIPES, content=digits_like(tmp_path / "m"), signature=signature, inputs=rows)
+    running = start(bundle)
+    try:
+        client = [str(ROOT / ".venv-triton/bin/python"), str(ROOT / "examples/serve_digits/call.py")]
+        address = running.url.removeprefix("http://")
+        done = subprocess.run([*client, address, "lin"], capture_output=True, text=True, timeout=120)
+    finally:
+        running.stop()
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split()[0] == "3"
+    assert "'rung'" in done.stdout
+
+
+def digits_like(folder: Path) -> Path:
+    """(n, 1, 8, 8) -> (n, 10), where place 3 is always the greatest for rows that are not empty."""
+    import onnx
+    from onnx import TensorProto, helper, numpy_helper
+
+    weights = np.zeros((64, 10), np.float32)
+    weights[:, 3] = 1.0
+    graph = helper.make_graph(
+        [helper.make_node("Flatten", ["input"], ["flat"]), helper.make_node("MatMul", ["flat", "w"], ["output"])],
+        "digits",
+        [helper.make_tensor_value_info("input", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [helper.make_tensor_value_info("output", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(weights, "w")],
+    )
+    folder.mkdir()
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=10)
+    onnx.save(model, folder / "model.onnx")
+    return folder / "model.onnx"
 
 
 @pytest.mark.parametrize(

@@ -13,24 +13,19 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 from accelerando.errors import ClosedError, DeadlineError, OverloadedError, RowsError
 from accelerando.serve import batches
-from accelerando.serve.aims import Aims
+from accelerando.serve.company import Company
 from accelerando.serve.deadlines import DeadlineQueue
 from accelerando.serve.estimates import ArrivalRate, Slowdown
 from accelerando.serve.governor import GLANCE, Decides, Decision, RungState, Signal, soonest
-from accelerando.serve.residents import Resident, Residents
+from accelerando.serve.residents import Resident
 from accelerando.serve.status import Stand
 from accelerando.serve.tally import Tally
 from accelerando.serve.tickets import Answer, Explanation, Ticket
 from accelerando.signature import Array
-
-if TYPE_CHECKING:
-    from accelerando.serve.drift import Drift
-    from accelerando.serve.watch import Watch
 
 log = logging.getLogger(__name__)
 STANDS = 100  # latest changes of rung that are remembered
@@ -38,28 +33,6 @@ FAILURES = 3  # in a row, of requests that another rung then answered: the rung 
 SAVINGS = 1000  # rows whose surplus of quality the bank keeps: what was saved long ago is not spent today
 SLOW_SECONDS = 1.0  # in which what was seen of the machine's slowness loses two thirds of its weight
 WISH_SECONDS = 0.5  # how often it is asked whether a rung that is out would have been stood on
-
-
-@dataclass(frozen=True)
-class Company:
-    """What the conductor conducts: the rungs of one bundle, what is asked of them, and who watches their answers."""
-
-    residents: Residents
-    aims: Aims
-    watch: Watch | None
-    drift: Drift | None
-    version: int
-    end: Callable[[], None] = lambda: None  # gives back what it holds
-
-    def states(self) -> tuple[RungState, ...]:
-        """The rungs as the governor may see them: what the goal rules out is not ready, while anything else is."""
-        states = self.residents.states
-        allowed = {
-            s.number
-            for s in states
-            if s.ready and s.number in self.aims.rungs and s.seconds(s.most_rows) * self.aims.least_rate <= s.most_rows
-        }
-        return tuple(replace(s, ready=s.number in allowed) for s in states) if allowed else states
 
 
 class Conductor:
@@ -118,7 +91,7 @@ class Conductor:
     def _look_again(self) -> None:
         with self._lock:
             self._states = self._company.states()
-            best = self._best()
+            best = self._company.best()
             if self._company.watch is not None and best is not None:
                 self._company.watch.refer_to(best.number)
 
@@ -133,6 +106,10 @@ class Conductor:
         """
         with self._lock:
             self._admit(ticket)
+            self._enqueue(ticket)
+
+    def _enqueue(self, ticket: Ticket) -> None:
+        with self._lock:
             if not self._queue.push(ticket):
                 self.tally.turned_away("refused", ticket.rows)
                 raise OverloadedError(f"{self._queue.rows:,} rows wait already; try again later, or send less")
@@ -145,17 +122,17 @@ class Conductor:
     def answer(self, ticket: Ticket) -> Answer:
         """The answer to a request whose caller waits for it; raises what `submit` does, or what became of it."""
         with self._lock:
-            mine = not self._busy and not len(self._queue)
-            if mine:
-                self._admit(ticket)
-                decision = self._decide(((ticket.deadline - ticket.arrived, ticket.rows, ticket.floor),), ticket.rows)
-                mine = decision.rung is not None
-                self._busy = mine
-        if mine:
+            self._admit(ticket)
+            decision = None
+            if not self._busy and not len(self._queue):
+                found = self._decide(((ticket.deadline - ticket.arrived, ticket.rows, ticket.floor),), ticket.rows)
+                decision = found if found.rung is not None else None
+            if decision is None:
+                self._enqueue(ticket)
+            self._busy = self._busy or decision is not None
+        if decision is not None:
             self._serve([ticket], decision)
             self._rest()
-        else:
-            self.submit(ticket)
         return ticket.future.result()
 
     def _admit(self, ticket: Ticket) -> None:
@@ -200,7 +177,7 @@ class Conductor:
     def _execute_all(self) -> None:
         while True:
             with self._lock:
-                while self._busy or not (len(self._queue) or self._closing or self._may_audit()):
+                while self._busy or not (len(self._queue) or self._closing or self._company.may_audit()):
                     self._work.wait()
                 if not len(self._queue) and self._closing:
                     return
@@ -219,7 +196,7 @@ class Conductor:
         """What ran is done: whoever waits for the cores may go on."""
         with self._lock:
             self._busy = False
-            if len(self._queue) or self._closing or self._may_audit():
+            if len(self._queue) or self._closing or self._company.may_audit():
                 self._work.notify()
             self._idle.notify_all()
 
@@ -308,7 +285,7 @@ class Conductor:
         assert first is not None
         others = [s.number for s in self._states if s.ready and s.number != first]
         for ticket in tickets:
-            for number in ([first] if len(tickets) > 1 else []) + others[:1]:
+            for number in [first, *others[:1]]:  # its process may have died of something else
                 resident = self._company.residents[number]
                 start = self._clock()
                 try:
@@ -353,36 +330,14 @@ class Conductor:
                 resident.number, resident.text, rung.quality, start - ticket.arrived, end - start, rows, decision.why,
                 company.version,
             )  # fmt: skip
-            self._note(company, ticket, leaves, resident.number)
+            company.note(ticket, leaves, resident.number)
             ticket.future.set_result(Answer(leaves, why))
-
-    @staticmethod
-    def _note(company: Company, ticket: Ticket, leaves: list[Array], number: int) -> None:
-        """Keep what is to be looked at later; what goes wrong there is no caller's concern."""
-        try:
-            if company.watch is not None and company.watch.wants(number):
-                company.watch.add(ticket.leaves, leaves, number)
-            if company.drift is not None:
-                company.drift.observe(ticket.leaves)
-        except Exception as error:  # noqa: BLE001  as said
-            log.warning("the watch failed: %s", error)
 
     # --- between requests ---------------------------------------------------------------------------------------
 
-    def _may_audit(self) -> bool:
-        """Whether there is an answer to look at, and looking takes no longer than a request may wait."""
-        company = self._company
-        if company.watch is None or not company.watch.pending or self._closing:
-            return False
-        best = self._best()
-        return best is not None and best.seconds(1) * 2 <= company.aims.patience
-
-    def _best(self) -> RungState | None:
-        return max((s for s in self._company.residents.states if s.ready), key=lambda s: s.quality, default=None)
-
     def _audit(self) -> None:
         """Ask the best rung what another rung was asked; one whose answers agree too seldom is quarantined."""
-        company, best = self._company, self._best()
+        company, best = self._company, self._company.best()
         assert company.watch is not None
         if best is None:
             return

@@ -23,7 +23,8 @@ from accelerando.goal_text import BYTES, TIME, amount
 from accelerando.ladder import Ladder, Rung
 from accelerando.recipe import Runner
 from accelerando.serve.aims import Aims, orientation, promise
-from accelerando.serve.conductor import Company, Conductor
+from accelerando.serve.company import Company
+from accelerando.serve.conductor import Conductor
 from accelerando.serve.governor import PRESETS, Decides
 from accelerando.serve.isolation import Apart
 from accelerando.serve.residents import Residents

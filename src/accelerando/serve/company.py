@@ -1,0 +1,63 @@
+"""The rungs of one bundle with all that belongs to them while they serve."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from accelerando.serve.aims import Aims
+from accelerando.serve.governor import RungState
+from accelerando.serve.residents import Residents
+from accelerando.serve.tickets import Ticket
+from accelerando.signature import Array
+
+if TYPE_CHECKING:
+    from accelerando.serve.drift import Drift
+    from accelerando.serve.watch import Watch
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Company:
+    """What a conductor conducts: the rungs of one bundle, what is asked of them, and who watches their answers."""
+
+    residents: Residents
+    aims: Aims
+    watch: Watch | None
+    drift: Drift | None
+    version: int
+    end: Callable[[], None] = lambda: None  # gives back what it holds
+
+    def best(self) -> RungState | None:
+        """The rung whose answers the others' are held against."""
+        return max((s for s in self.residents.states if s.ready), key=lambda s: s.quality, default=None)
+
+    def may_audit(self) -> bool:
+        """Whether there is an answer to look at, and looking takes no longer than a request may wait."""
+        if self.watch is None or not self.watch.pending:
+            return False
+        best = self.best()
+        return best is not None and best.seconds(1) * 2 <= self.aims.patience
+
+    def note(self, ticket: Ticket, leaves: list[Array], number: int) -> None:
+        """Keep what is to be looked at later; what goes wrong there is no caller's concern."""
+        try:
+            if self.watch is not None and self.watch.wants(number):
+                self.watch.add(ticket.leaves, leaves, number)
+            if self.drift is not None:
+                self.drift.observe(ticket.leaves)
+        except Exception as error:  # noqa: BLE001  as said
+            log.warning("the watch failed: %s", error)
+
+    def states(self) -> tuple[RungState, ...]:
+        """The rungs as the governor may see them: what the goal rules out is not ready, while anything else is."""
+        states = self.residents.states
+        allowed = {
+            s.number
+            for s in states
+            if s.ready and s.number in self.aims.rungs and s.seconds(s.most_rows) * self.aims.least_rate <= s.most_rows
+        }
+        return tuple(replace(s, ready=s.number in allowed) for s in states) if allowed else states
