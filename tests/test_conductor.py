@@ -159,7 +159,7 @@ def test_a_floor_is_kept(make: Any) -> None:
     best = max(s.quality for s in held.residents.states)
     answer = held.ask(floor=best - 0.01).future.result(WAIT)
     assert answer.why.rung == 0
-    with pytest.raises(OverloadedError, match="asks for a quality"):
+    with pytest.raises(OverloadedError, match="promises the quality"):
         held.ask(floor=best + 0.01).future.result(WAIT)
 
 
@@ -227,6 +227,50 @@ def test_closing_answers_what_was_accepted_and_takes_no_more(make: Any) -> None:
     assert all(t.future.result(0) for t in tickets)
     with pytest.raises(ClosedError):
         held.ask()
+
+
+def test_closing_ends_also_where_requests_without_deadlines_wait(make: Any) -> None:
+    held = make(governor=Stands(2))
+    gate, running = hold(held, 2)
+    waiting = [held.ask(seconds=math.inf) for _ in range(5)]
+    closing = threading.Thread(target=held.conductor.close)
+    closing.start()
+    gate.set()
+    closing.join(WAIT)
+    assert not closing.is_alive()
+    assert all(t.future.result(0) for t in (running, *waiting))
+
+
+def test_a_company_that_takes_over_between_choosing_and_running_loses_nothing(make: Any, tmp_path: Path) -> None:
+    """The old company's rungs are gone when its last batch comes to run: the new one's answer it."""
+    held, other = make(governor=Stands(2)), make(governor=Stands(2))
+    gate, running = hold(held, 2)
+    tickets = [held.ask(np.full((1, 4), float(i), np.float32)) for i in range(10)]
+    held.conductor.conduct(other.conductor.company)
+    for resident in held.residents:
+        resident.runner = None
+    gate.set()
+    assert running.future.result(WAIT)
+    assert [t.future.result(WAIT).leaves[0][0, 0] for t in tickets] == list(range(10))
+
+
+def test_slowness_that_was_seen_fades_so_that_nothing_is_refused_for_ever(make: Any) -> None:
+    held = make([Script(0.002)] * 3, goal="p99 <= 100ms")
+    for script in held.scripts:
+        script.seconds = 0.3  # three calls of a stalled machine
+    for _ in range(3):
+        held.ask(seconds=30).future.result(WAIT)
+    for script in held.scripts:
+        script.seconds = 0.002
+    refused = 0
+    for _ in range(200):
+        try:
+            held.ask(seconds=0.1).future.result(WAIT)
+            break
+        except (OverloadedError, DeadlineError):
+            refused += 1
+            time.sleep(0.05)
+    assert refused < 200
 
 
 def test_the_stands_tell_where_it_stood_and_why(make: Any) -> None:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from accelerando.errors import RowsError
+from accelerando.serve import batches
 from accelerando.serve.aims import Aims
 from accelerando.serve.governor import RungState
 from accelerando.serve.residents import Residents
@@ -15,7 +18,7 @@ from accelerando.signature import Array
 
 if TYPE_CHECKING:
     from accelerando.serve.drift import Drift
-    from accelerando.serve.watch import Watch
+    from accelerando.serve.watch import Verdict, Watch
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +44,41 @@ class Company:
             return False
         best = self.best()
         return best is not None and best.seconds(1) * 2 <= self.aims.patience
+
+    def compare_with_best(self) -> None:
+        """Have the answers held against those of the best rung that is ready by now."""
+        best = self.best()
+        if self.watch is not None and best is not None:
+            self.watch.refer_to(best.number)
+
+    def run(self, number: int, leaves: Sequence[Array]) -> list[Array]:
+        """The answers of a rung, no more rows at a time than it takes; the caller holds the cores.
+
+        Raises:
+            RowsError: the rung is not in memory (any longer).
+        """
+        runner = self.residents[number].runner
+        if runner is None:
+            raise RowsError(f"rung {number} has just left the memory")
+        return batches.run_within(runner, leaves, self.residents.most_rows)
+
+    def audit(self, cores: threading.Lock) -> Verdict | None:
+        """Look at one answer that was kept, and at the inputs: what was found of a rung."""
+        best = self.best()
+        if self.watch is None or best is None:
+            return None
+
+        def run(number: int, leaves: Sequence[Array]) -> list[Array]:
+            with cores:
+                return self.run(number, leaves)
+
+        try:
+            if self.drift is not None:
+                self.drift.look()
+            return self.watch.audit(lambda leaves: run(best.number, leaves), best=best.number, run=run)
+        except Exception as error:  # noqa: BLE001  a request that fails again was told to its caller: no news of a rung
+            log.debug("an audit failed: %s", error)
+            return None
 
     def note(self, ticket: Ticket, leaves: list[Array], number: int) -> None:
         """Keep what is to be looked at later; what goes wrong there is no caller's concern."""

@@ -78,9 +78,8 @@ class Residents:
         pid: Callable[[], int] = os.getpid,
     ) -> None:
         self.bundle, self.cap = bundle, cap
-        self.changed: Callable[[], None] = lambda: None
         self._start, self._cores, self._pid = start, cores, pid
-        self._most_rows = most_rows if joinable(bundle.signature) else bundle.signature.fixed_batch or 1
+        self.most_rows = most_rows if joinable(bundle.signature) else bundle.signature.fixed_batch or 1
         self._lock = threading.RLock()
         self._all = [Resident(i, rung) for i, rung in enumerate(bundle.ladder)]
         self._promises = [promise(rung, bundle.ladder) for rung in bundle.ladder]
@@ -208,7 +207,7 @@ class Residents:
                 runner.close()
                 raise BundleError("answers", f"it does not answer as it did when it was certified: {wrong}")
         run(self._row)
-        return costs.measure(run, self._row, self._most_rows)
+        return costs.measure(run, self._row, self.most_rows)
 
     def _one_row(self) -> list[Array]:
         """Inputs of one row, or of the one batch that the model takes."""
@@ -293,13 +292,12 @@ class Residents:
         costs_here = [r.cost or costs.Cost(0.0, here * _recorded(r.rung)) for r in self._all]
         self.states = tuple(
             RungState(
-                r.number, self._promises[r.number], cost.fixed, cost.per_row, self._tails[r.number], self._most_rows,
+                r.number, self._promises[r.number], cost.fixed, cost.per_row, self._tails[r.number], self.most_rows,
                 r.state == "ready",
             )
             for r, cost in zip(self._all, costs_here, strict=True)
             if r.state != "failed"
         )  # fmt: skip
-        self.changed()
 
     def close(self) -> None:
         """Give everything back, once nothing computes with it."""
@@ -316,6 +314,10 @@ class Residents:
                 runner.close()
         del runners
         _give_back()
+
+    def promise(self, number: int) -> float:
+        """The quality that a rung's certificate promises, oriented (`aims.promise`)."""
+        return self._promises[number]
 
     def bytes_of(self, number: int) -> int:
         """What a rung adds to those that are loaded, in bytes, as far as its certificate tells."""
