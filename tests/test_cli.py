@@ -42,7 +42,8 @@ def call(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return run
 
 
-COMMANDS = ("demo", "optimize", "profile", "report", "bench", "verify", "run", "doctor")
+COMMANDS = ("demo", "optimize", "profile", "report", "bench", "verify", "run", "refresh", "serve", "simulate", "export",
+            "doctor")  # fmt: skip
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -99,6 +100,29 @@ def test_bench_measures_again(call, bundle: Path) -> None:
     assert status == 0
     assert out.count("ONNX Runtime") == 2
     assert "was" in out
+
+
+def test_simulate_tells_what_each_policy_would_do(call, bundle: Path, tmp_path: Path) -> None:
+    trace = "gamma(rate=150, cv2=4, seconds=5)"
+    page = tmp_path / "page.html"
+    status, out, _ = call("simulate", bundle, "--trace", trace, "--goal", "p99 <= 100ms", "--html", page)
+    assert status == 0
+    assert "governor, balanced" in out
+    assert "rung 0 always" in out
+    assert "<html" in page.read_text()
+    status, _, err = call("simulate", bundle, "--trace", "gamma(speed=1)", "--goal", "p99 <= 100ms")
+    assert status == 2
+    assert "gamma" in err
+
+
+def test_export_writes_a_rung_for_another_server(call, bundle: Path, tmp_path: Path) -> None:
+    status, out, _ = call("export", bundle, tmp_path / "models", "--to", "triton", "--rung", "1")
+    assert status == 0
+    assert "config.pbtxt" in out
+    assert list((tmp_path / "models").rglob("model.onnx"))
+    status, _, err = call("export", bundle, tmp_path / "models", "--to", "triton")
+    assert status == 2
+    assert "models" in err
 
 
 def test_doctor_names_the_machine_and_every_plugin(call) -> None:

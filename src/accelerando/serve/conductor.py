@@ -231,7 +231,8 @@ class Conductor:
 
     def _next(self) -> tuple[Batch | None, list[tuple[Ticket, str, Exception]]]:
         """The next batch, or none where the head had to be refused; and who is lost, how, and why."""
-        lost = [(ticket, "expired", _expired()) for ticket in self._queue.expired(self._clock())]
+        lost: list[tuple[Ticket, str, Exception]] = []
+        lost += [(ticket, "expired", _expired()) for ticket in self._queue.expired(self._clock())]
         head = self._queue.head()
         if head is None:
             return None, lost

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 from accelerando.interval import Interval
 
 # Upper ends of the latency histogram's buckets, in seconds; what is slower falls into the last one.
-BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+BUCKETS = (
+    0.0002, 0.0003, 0.0005, 0.0007, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.007, 0.01, 0.015, 0.02, 0.03, 0.05, 0.07, 0.1,
+    0.15, 0.2, 0.3, 0.5, 0.7, 1.0, 2.0, 5.0, 10.0,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

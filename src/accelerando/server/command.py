@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,10 @@ from accelerando.server.rpc import Tls
 from accelerando.server.run import Service, serve_all
 from accelerando.server.shelf import Shelf
 from accelerando.server.tracing import OFF, to_collector
+
+# How long a thread may keep the interpreter while another waits for it.  Python's 5 ms are longer than a small model
+# takes, and its executor would wait for the event loop each time that it comes back from computing.
+SWITCH_SECONDS = 2e-4
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ def serve_bundles(bundles: Sequence[str], wishes: Wishes, say: Callable[[str], N
     for folder in folders.values():
         Bundle.open(folder, hashes=False)
     journal = logs.begin(wishes.log)
+    sys.setswitchinterval(SWITCH_SECONDS)
 
     def made(name: str, folder: Path) -> GovernedModel:
         with warnings.catch_warnings():
