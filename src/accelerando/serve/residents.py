@@ -205,7 +205,7 @@ class Residents:
             answers = run(self._parity.inputs)
             if wrong := self._parity.deviation(rung.recipe.key, answers):
                 runner.close()
-                raise BundleError("answers", f"it does not answer as it did when it was certified: {wrong}")
+                raise BundleError("differs", f"it does not answer as it did when it was certified: {wrong}")
         run(self._row)
         return costs.measure(run, self._row, self.most_rows)
 
