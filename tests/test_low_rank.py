@@ -151,6 +151,7 @@ def test_directions_that_the_data_never_shows_are_given_up_first() -> None:
 # --- the technique -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     share=st.floats(0.3, 1, exclude_max=True),

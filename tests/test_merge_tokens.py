@@ -96,6 +96,7 @@ def tokens_seen(model: Model, kind: str, rows: int = 2) -> list[int]:
     return seen
 
 
+@pytest.mark.slow
 @FEW
 @given(st.lists(SHARES, min_size=2, max_size=3), st.sampled_from(["place", "content"]))
 def test_any_share_runs_and_a_greater_one_never_costs_more(

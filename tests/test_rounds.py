@@ -61,6 +61,7 @@ def test_an_equal_candidate_is_called_faster_in_at_most_one_duel_of_twenty() -> 
     assert share(range(200), 1.0, lambda s: s.low > 1) <= 0.05
 
 
+@pytest.mark.slow
 def test_a_planted_slowdown_of_five_percent_is_seen() -> None:
     assert share(range(200), 0.95, lambda s: s.high < 1, CERTIFY) >= 0.95
     assert share(range(200), 0.95, lambda s: s.high < 1) >= 0.85  # with the rounds that the search gives

@@ -70,6 +70,7 @@ def multiply_adds(model: Model) -> int:
     return total
 
 
+@pytest.mark.slow
 @FEW
 @given(st.lists(SHARES, min_size=2, max_size=3), st.sampled_from([1, 2]))
 def test_any_share_runs_and_a_greater_one_never_costs_more(

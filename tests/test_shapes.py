@@ -146,6 +146,7 @@ def test_a_later_level_is_cut_out_of_what_was_healed() -> None:
     assert any((Stage.HEAL, Stage.SHAPE) in itertools.pairwise(order) for order in stages)
 
 
+@pytest.mark.slow
 def test_no_lesson_is_given_where_the_goal_is_met_without_one() -> None:
     trials, _ = search(Goal.parse("speedup >= 3, drop <= 1%"))
     assert not lessons(trials)
