@@ -26,7 +26,7 @@ from benchmarks.ladders import vit_ladder
 from benchmarks.results import record, table
 
 SLO = 0.3  # seconds
-SECONDS = 40.0  # of a trace
+SECONDS = 20.0  # of a trace
 OVERLOAD_SECONDS = 60.0
 CYCLES = 200
 

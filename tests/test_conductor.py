@@ -197,6 +197,19 @@ def test_a_waiting_caller_runs_its_own_request_where_nobody_is_served(make: Any)
     assert held.conductor.tally.requests["answered"] == 1
 
 
+def test_a_request_that_takes_next_to_nothing_is_answered_at_once(make: Any) -> None:
+    from accelerando.serve.tickets import Ticket
+
+    held = make([Script(0.003)] * 3)
+    quick = Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic())
+    held.conductor.submit(quick, at_once=10.0)
+    assert quick.future.done()
+    usual = Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic())
+    held.conductor.submit(usual, at_once=1e-6)
+    assert not usual.future.done()
+    assert usual.future.result(WAIT)
+
+
 def test_many_threads_get_their_own_answers(make: Any) -> None:
     from accelerando.serve.tickets import Ticket
 

@@ -1,8 +1,8 @@
 """The conductor: one executor owns the cores, takes requests from the queue, and asks the governor before each batch.
 
 Nothing polls: the executor sleeps until a request comes, and a second thread until the next deadline passes, so that a
-request which is dead leaves the queue also while a long batch runs.  A caller that waits anyway runs its own request
-where nobody else is being served, which spares two changes of threads.
+request which is dead leaves the queue also while a long batch runs.  Where nobody else is being served, a caller that
+waits anyway runs its own request, which spares two changes of threads; so does one whose request takes next to nothing.
 
 Of locks, `cores` is never taken under another, and under the conductor's own no other than the residents' and the
 watch's is.
@@ -118,36 +118,44 @@ class Conductor:
 
     # --- requests come ------------------------------------------------------------------------------------------
 
-    def submit(self, ticket: Ticket) -> None:
+    def submit(self, ticket: Ticket, at_once: float = 0.0) -> None:
         """Put a request into the queue.
+
+        Args:
+            at_once: where nobody else is being served and it takes no longer than these seconds, it is answered before
+                this returns: two changes of threads would take as long.
 
         Raises:
             OverloadedError: no rung could answer it in time, or the queue is full.
             ClosedError: the conductor has been closed.
         """
-        with self._lock:
-            self._admit(ticket)
-            self._enqueue(ticket)
+        if (batch := self._taken(ticket, at_once)) is not None:
+            self._serve_here(batch)
 
     def answer(self, ticket: Ticket) -> Answer:
         """The answer to a request whose caller waits for it; raises what `submit` does, or what became of it."""
-        batch = None
+        self.submit(ticket, at_once=math.inf)
+        return ticket.future.result()
+
+    def _taken(self, ticket: Ticket, at_once: float) -> Batch | None:
+        """A batch of its own, which the caller is to run; none where it was put into the queue."""
         with self._lock:
             self._admit(ticket)
-            if not self._busy and not len(self._queue):
+            if at_once and not self._busy and not len(self._queue):
                 decision = self._decide(((ticket.deadline - ticket.arrived, ticket.rows, ticket.floor),), ticket.rows)
                 if decision.rung is not None:
-                    batch = Batch([ticket], self._company, decision.rung, decision.why)
-            if batch is None:
-                self._enqueue(ticket)
-            else:
-                self._busy = True
-        if batch is not None:
-            try:
-                self._serve(batch)
-            finally:
-                self._rest()
-        return ticket.future.result()
+                    cost = self._company.residents[decision.rung].cost
+                    if at_once == math.inf or (cost is not None and cost.seconds(ticket.rows) <= at_once):
+                        self._busy = True
+                        return Batch([ticket], self._company, decision.rung, decision.why)
+            self._enqueue(ticket)
+            return None
+
+    def _serve_here(self, batch: Batch) -> None:
+        try:
+            self._serve(batch)
+        finally:
+            self._rest()
 
     def _admit(self, ticket: Ticket) -> None:
         """Count it as an arrival, and refuse it at once where it is lost already."""

@@ -38,6 +38,11 @@ if TYPE_CHECKING:
     from accelerando.serve.watch import Watch
 
 
+# Seconds: what takes less is computed where it was asked, for an event loop is not held up by it, and what else a
+# request costs is more, so that load is not hidden from the governor.
+AT_ONCE = 1e-4
+
+
 @dataclass(frozen=True)
 class Terms:
     """How a bundle is to be run: what `update` keeps."""
@@ -164,7 +169,7 @@ class GovernedModel:
         """The answer, awaited; a task that is cancelled takes its request out of the queue."""
         conductor = self._alive()
         ticket, tensors = self._ticket(args, kwargs, deadline)
-        conductor.submit(ticket)
+        conductor.submit(ticket, 0.0 if self._terms.isolated else AT_ONCE)
         return self._shaped(await asyncio.wrap_future(ticket.future), tensors)
 
     def submit(
@@ -175,7 +180,7 @@ class GovernedModel:
         min_quality: float | None = None,
         priority: int = 0,
     ) -> Ticket:
-        """Put a request of flat inputs into the queue, never waiting; see `server.repository.Served.submit`."""
+        """Put a request of flat inputs into the queue; see `server.repository.Served.submit`."""
         conductor = self._alive()
         ports = self._signature.inputs
         if len(leaves) != len(ports):
@@ -183,7 +188,7 @@ class GovernedModel:
         fitted = [fit(leaf, port) for leaf, port in zip(leaves, ports, strict=True)]
         check_axes(fitted, ports)
         ticket = self._of_leaves(fitted, seconds, min_quality, priority)
-        conductor.submit(ticket)
+        conductor.submit(ticket, 0.0 if self._terms.isolated else AT_ONCE)
         return ticket
 
     def _ticket(

@@ -145,6 +145,7 @@ def _config(app: Any, service: Service) -> uvicorn.Config:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,
         timeout_keep_alive=int(service.idle_seconds),
         timeout_graceful_shutdown=int(service.grace_seconds),
         ssl_certfile=str(tls.certificate) if tls else None,
