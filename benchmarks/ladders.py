@@ -12,7 +12,7 @@ from accelerando.bundle import Bundle
 from accelerando.goal import Goal
 from accelerando.machine import Machine
 from accelerando.plugins import find
-from accelerando.recipe import Recipe
+from accelerando.recipe import Recipe, Technique
 from accelerando.search.budget import Budget
 from accelerando.search.grounds import attempt
 from accelerando.search.history import Proposal
@@ -25,9 +25,16 @@ from accelerando.techniques.prune_channels import PruneChannels
 from accelerando.techniques.quantize_dynamic import QuantizeDynamic
 from benchmarks.cases import CASES
 
-LESSON = 20  # seconds for each shape
 ONE = Onnxruntime(threads=1, batch=1)  # one core computes, the other is left to who sends
-SHAPES = ((), (DropLayers(0.34),), (DropLayers(0.51),), (DropLayers(0.67),), (DropLayers(0.67), PruneChannels(0.5)))
+# What is cut, and for how many seconds it is healed: too short to be as good as the original, or one rung would do.
+SHAPES: tuple[tuple[tuple[Technique, ...], int], ...] = (
+    ((), 0),
+    ((DropLayers(0.34),), 12),
+    ((DropLayers(0.67),), 10),
+    ((DropLayers(0.67), PruneChannels(0.5)), 8),
+    ((DropLayers(0.83), PruneChannels(0.5)), 8),
+    ((DropLayers(0.83), PruneChannels(0.75)), 6),
+)
 
 
 def vit_ladder() -> Path:
@@ -38,9 +45,9 @@ def vit_ladder() -> Path:
     case = CASES["vit-heal"]()
     workload = adopt(case.model, case.data, train=case.train, metric=case.metric)
     original = original_recipe(workload.model, {"eager": find("backends", "eager")})
-    recipes = [original, Recipe((ExportOnnx(),), ONE)]
-    for shape in SHAPES:
-        lessons = (Distil(seconds=LESSON),) if shape else ()
+    recipes = [original]
+    for shape, seconds in SHAPES:
+        lessons = (Distil(seconds=seconds),) if seconds else ()
         recipes.append(Recipe((*shape, *lessons, ExportOnnx(), QuantizeDynamic()), ONE))
     goal = Goal.parse("drop <= 50%")
     with Site(folder, workload, Machine.look(), goal, Budget(900), original) as site:

@@ -6,6 +6,7 @@ from the time at which they should have been sent, so a server that stalls can't
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ SLO = 0.3  # seconds
 SECONDS = 20.0  # of a trace
 OVERLOAD_SECONDS = 60.0
 CYCLES = 200
+CROWD = 16  # rows of a request in the overload
 
 
 @dataclass(frozen=True)
@@ -45,20 +47,23 @@ class Replay:
 
 def run(name: str) -> None:
     path, rows = vit_ladder(), CASES["vit-heal"]().data
-    parts = [
-        bursts(path, rows, cv2=4.0),
-        bursts(path, rows, cv2=23.0),
-        goals(path, rows),
-        overloaded(path, rows),
-        cycles(path),
-        bad_rung(path, rows),
-    ]
-    record(name, "The governor on a ladder of the ViT", "\n\n".join(parts))
+    parts: list[str] = []
+    for part in (
+        lambda: goals(path, rows),
+        lambda: overloaded(path, rows),
+        lambda: cycles(path),
+        lambda: bad_rung(path, rows),
+        lambda: bursts(path, rows, cv2=4.0),
+        lambda: bursts(path, rows, cv2=23.0),
+    ):
+        parts.append(part())
+        record(name, "The governor on a ladder of the ViT", "\n\n".join(parts))  # what was measured is kept
 
 
 def opened(path: Path, policy: Decides | str = "balanced", audit: float = 0.0, goal: str = "") -> GovernedModel:
     """The bundle with all its portable rungs loaded."""
-    model = govern(path, goal=goal or f"p99 <= {SLO * 1e3:g}ms", governor=policy, audit=audit)
+    original = CASES["vit-heal"]().model  # the first rung runs its own code
+    model = govern(path, goal=goal or f"p99 <= {SLO * 1e3:g}ms", governor=policy, audit=audit, model=original)
     until = time.monotonic() + 60
     while any(r.state in ("out", "loading") for r in model.status().rungs) and time.monotonic() < until:
         time.sleep(0.05)
@@ -119,60 +124,55 @@ def replayed(path: Path, rows: Any, trace: Trace, name: str, policy: Decides) ->
     x, y = rows
     with opened(path, policy) as model:
         sent = send(model, x, trace, policy.rate if isinstance(policy, Slow) else None)
-        right, late, times = 0, 0, []
-        for i, (ticket, at) in enumerate(sent):
-            answer = None if ticket is None else outcome(ticket)
-            if answer is None:
-                continue
-            taken = answer[1] - at
-            times.append(taken)
-            late += taken > SLO
-            right += taken <= SLO and int(answer[0].argmax()) == int(y[i % len(y)])
         switches = model.status().switches
-    in_time = len(times) - late
+    good = [s for s in sent if s.in_time]
+    right = sum(s.answer == int(y[i % (len(y) - 1)]) for i, s in enumerate(sent) if s.in_time)
+    times = [s.came - s.at for s in sent if s.came < float("inf")]
     return Replay(
-        name, in_time / len(sent), right / max(in_time, 1), right / len(sent), switches / trace.seconds,
+        name, len(good) / len(sent), right / max(len(good), 1), right / len(sent), switches / trace.seconds,
         float(np.quantile(times, 0.99)) if times else float("nan"),
     )  # fmt: skip
 
 
-def send(
-    model: GovernedModel, x: Any, trace: Trace, told: ArrivalRate | None = None
-) -> list[tuple[Ticket | None, float]]:
-    """Each request at its time: its ticket, or None where it was refused; and when it should have been sent."""
-    sent: list[tuple[Ticket | None, float]] = []
+@dataclass
+class Sent:
+    """One request of a trace: when it should have been sent, when its answer came, and what it said."""
+
+    at: float
+    came: float = float("inf")
+    answer: int = -1
+
+    @property
+    def in_time(self) -> bool:
+        return self.came - self.at <= SLO
+
+
+def send(model: GovernedModel, x: Any, trace: Trace, told: ArrivalRate | None = None, rows: int = 1) -> list[Sent]:
+    """Each request at its time; returns once all are answered or given up."""
+    sent: list[Sent] = []
     start = time.monotonic() + 0.1
     for i, arrival in enumerate(trace.arrivals):
-        at = start + arrival
-        if (wait := at - time.monotonic()) > 0:
+        one = Sent(start + arrival)
+        sent.append(one)
+        if (wait := one.at - time.monotonic()) > 0:
             time.sleep(wait)
         if told:
             told.observe(time.monotonic())
-        try:
-            ticket: Ticket | None = model.submit([x[i % len(x)][None]], seconds=max(at + SLO - time.monotonic(), 1e-6))
-            if ticket is not None:
-                ticket.future.add_done_callback(_stamp)
-        except ServingError:
-            ticket = None
-        sent.append((ticket, at))
+        leaf = x[i % (len(x) - rows) :][:rows]
+        with contextlib.suppress(ServingError):
+            ticket = model.submit([leaf], seconds=max(one.at + SLO - time.monotonic(), 1e-6))
+            ticket.future.add_done_callback(lambda future, one=one: note(one, future))
+    time.sleep(2 * SLO)
     return sent
+
+
+def note(one: Sent, future: Any) -> None:
+    if future.exception() is None:
+        one.came, one.answer = time.monotonic(), int(future.result().leaves[0][0].argmax())
 
 
 def said(good: bool) -> str:
     return "reached" if good else "not reached"
-
-
-def _stamp(future: Any) -> None:
-    future.stamped = time.monotonic()
-
-
-def outcome(ticket: Ticket) -> tuple[Any, float] | None:
-    """The answer and when it came; None where there was none."""
-    try:
-        answer = ticket.future.result(60)
-    except ServingError:
-        return None
-    return answer.leaves[0], ticket.future.stamped  # type: ignore[attr-defined]
 
 
 # --- change, overload, memory, bad rungs ----------------------------------------------------------------------------
@@ -181,7 +181,7 @@ def outcome(ticket: Ticket) -> tuple[Any, float] | None:
 def goals(path: Path, rows: Any) -> str:
     """Goals that take turns: whether the very next batch obeys, and what a switch costs."""
     x, obeyed, setting, switched, stayed = rows[0][:1], 0, [], [], []
-    with opened(path) as model:
+    with opened(path, "responsive") as model:
         top, bottom = model.bundle.ladder[1].speedup.low * 0.9, model.bundle.ladder.fastest.speedup.low * 0.9
         for i in range(400):
             start = time.perf_counter()
@@ -202,44 +202,37 @@ def goals(path: Path, rows: Any) -> str:
 
 
 def overloaded(path: Path, rows: Any) -> str:
-    """Three times what the fastest rung carries, then half the best's."""
+    """Three times what the fastest rung carries, then half the best's; requests of many rows, so that it computes."""
+    x = np.concatenate([rows[0], rows[0][:CROWD]])
     with opened(path) as model:
         states = [s for s in model._conductor.company.residents.states if s.ready]
-        capacity = max(1 / s.seconds(1) for s in states)
-        alone = closed_loop(model, rows[0])
+        alone = closed_loop(model, x)
         before = model.status().memory_bytes
-        sent = send(model, rows[0], poisson(rate=3 * capacity, seconds=OVERLOAD_SECONDS, seed=3))
-        calm = send(model, rows[0], poisson(rate=0.5 / max(s.seconds(1) for s in states), seconds=3, seed=4))
-        done = [outcome(t) for t, _ in sent if t is not None]
+        sent = send(model, x, poisson(rate=3 * alone, seconds=OVERLOAD_SECONDS, seed=3), rows=CROWD)
         grown = model.status().memory_bytes - before
-        ends = [
-            (o is not None and o[1] - at <= SLO, at)
-            for (t, at) in calm
-            for o in [outcome(t) if t is not None else None]
-        ]
-    in_time = sum(o is not None for o in done)
-    goodput = in_time / OVERLOAD_SECONDS
-    missed = [at for good, at in ends if not good]
-    back = max(missed) - calm[0][1] if missed else 0.0
+        calm = send(model, x, poisson(rate=0.5 / max(s.seconds(CROWD) for s in states), seconds=3, seed=4), rows=CROWD)
+    goodput = sum(s.in_time for s in sent) / OVERLOAD_SECONDS
+    missed = [s.at for s in calm if not s.in_time]
+    back = max(missed) - calm[0].at if missed else 0.0
     return (
-        f"Overload: {3 * capacity:,.0f} requests/s for {OVERLOAD_SECONDS:.0f} s, {len(sent):,} in all. Answered: "
-        f"{goodput:,.0f}/s, **{goodput / alone:.0%}** of the {alone:,.0f}/s that the fastest rung answers in a closed "
-        f"loop of the same process; asked for: 90 %, {said(goodput >= 0.9 * alone)}. Memory grew by "
-        f"{grown / 1e6:.1f} MB. Afterwards the last miss came {back:.2f} s after the load had fallen; asked for: "
-        f"within {2 * SLO:.1f} s, {said(back <= 2 * SLO)}."
+        f"Overload: {3 * alone:,.0f} requests/s of {CROWD} rows for {OVERLOAD_SECONDS:.0f} s, {len(sent):,} in all, "
+        f"sent by a thread of the same interpreter. Answered in time: {goodput:,.0f}/s, **{goodput / alone:.0%}** of the "
+        f"{alone:,.0f}/s that the fastest rung answers in a closed loop; asked for: 90 %, {said(goodput >= 0.9 * alone)}. "
+        f"Memory grew by {grown / 1e6:.1f} MB, the record of what was sent included. Afterwards the last miss came "
+        f"{back:.2f} s after the load had fallen; asked for: within {2 * SLO:.1f} s, {said(back <= 2 * SLO)}."
     )
 
 
 def closed_loop(model: GovernedModel, x: Any, seconds: float = 4.0) -> float:
     """Requests a second on the fastest rung, with always 32 under way."""
     old, model.goal = model.goal, f"speedup >= {model.bundle.ladder.fastest.speedup.low * 0.9:.3f}"
-    waiting: list[Ticket] = [model.submit([x[i : i + 1]], seconds=30.0) for i in range(32)]
+    waiting: list[Ticket] = [model.submit([x[i : i + CROWD]], seconds=30.0) for i in range(32)]
     end, count = time.monotonic() + seconds, 0
     while time.monotonic() < end:
         waiting.pop(0).future.result(30)
         count += 1
-        i = count % len(x)
-        waiting.append(model.submit([x[i : i + 1]], seconds=30.0))
+        i = count % (len(x) - CROWD)
+        waiting.append(model.submit([x[i : i + CROWD]], seconds=30.0))
     for ticket in waiting:
         ticket.future.result(30)
     model.goal = old
@@ -298,9 +291,9 @@ def bad_rung(path: Path, rows: Any) -> str:
                 time.sleep(0.05)  # audits are done when nothing else is to be done
             if resident.state == "quarantined":
                 break
-        told = model.status()
-    state = f"quarantined after {told.audited} audited requests" if resident.state == "quarantined" else "not found out"
-    good = resident.state == "quarantined" and told.audited <= 1000
+        told, caught = model.status(), resident.state == "quarantined"
+    state = f"quarantined after {told.audited} audited requests" if caught else "not found out"
+    good = caught and told.audited <= 1000
     return (
         f"A rung of which 5 % of the answers were made wrong after it was certified: {state}; asked for: within 1,000, "
         f"{said(good)}."
