@@ -216,8 +216,9 @@ def overloaded(path: Path, rows: Any) -> str:
     back = max(missed) - calm[0].at if missed else 0.0
     return (
         f"Overload: {3 * alone:,.0f} requests/s of {CROWD} rows for {OVERLOAD_SECONDS:.0f} s, {len(sent):,} in all, "
-        f"sent by a thread of the same interpreter. Answered in time: {goodput:,.0f}/s, **{goodput / alone:.0%}** of the "
-        f"{alone:,.0f}/s that the fastest rung answers in a closed loop; asked for: 90 %, {said(goodput >= 0.9 * alone)}. "
+        f"sent by a thread of the same interpreter. Answered in time: {goodput:,.0f}/s, **{goodput / alone:.0%}** of "
+        f"the {alone:,.0f}/s that the fastest rung answers in a closed loop; asked for: 90 %, "
+        f"{said(goodput >= 0.9 * alone)}. "
         f"Memory grew by {grown / 1e6:.1f} MB, the record of what was sent included. Afterwards the last miss came "
         f"{back:.2f} s after the load had fallen; asked for: within {2 * SLO:.1f} s, {said(back <= 2 * SLO)}."
     )
