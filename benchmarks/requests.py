@@ -6,10 +6,12 @@ by round.  Others' packages are installed into a venv of their own each, in the 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -116,7 +118,10 @@ def installed(name: str, packages: Sequence[str]) -> Path | None:
 
 def contest(found: Sequence[Contestant], folder: Path) -> dict[str, list[float]]:
     """Requests per second, round by round."""
-    servers = [subprocess.Popen(["taskset", "-c", "0", *c.command], stdout=subprocess.DEVNULL) for c in found]
+    servers = [
+        subprocess.Popen(["taskset", "-c", "0", *c.command], stdout=subprocess.DEVNULL, start_new_session=True)
+        for c in found
+    ]
     try:
         for one in found:
             wait_for(one)
@@ -131,6 +136,8 @@ def contest(found: Sequence[Contestant], folder: Path) -> dict[str, list[float]]
             server.terminate()
         for server in servers:
             server.wait(30)
+            with contextlib.suppress(ProcessLookupError):  # some leave their workers behind, which poll
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def wait_for(one: Contestant) -> None:
