@@ -54,9 +54,10 @@ def test_it_is_called_like_the_model(model: GovernedModel) -> None:
 
 def test_tensors_in_tensors_out(model: GovernedModel) -> None:
     torch = pytest.importorskip("torch")
-    answer = model(torch.ones(2, 4))
-    assert isinstance(answer, torch.Tensor)
-    assert answer.shape == (2, 3)
+    for tensor in (torch.ones(2, 4), torch.ones(2, 4, dtype=torch.bfloat16), torch.ones(2, 4, requires_grad=True)):
+        answer = model(tensor)
+        assert isinstance(answer, torch.Tensor)
+        assert answer.tolist() == [[1.0] * 3] * 2
 
 
 def test_it_explains_its_answers(model: GovernedModel) -> None:

@@ -177,7 +177,11 @@ def test_a_damaged_bundle_does_not_take_over(running: Running) -> None:
     (running.bundle / "manifest.json").write_text("{}")
     reply = httpx.post(f"{running.url}/v2/repository/models/lin/load", json={}, timeout=60)
     assert reply.status_code == 400
-    assert "not-a-bundle" in reply.json()["error"] or "error" in reply.json()
+    assert (
+        "[field]" in reply.json()["error"]
+        or "[not-a-bundle]" in reply.json()["error"]
+        or "manifest" in reply.json()["error"]
+    )
     assert running.ask().json()["outputs"][0]["data"] == ANSWER
 
 
@@ -205,7 +209,6 @@ def test_the_log_is_lines_of_json(running: Running, tmp_path: Path) -> None:
 
 def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) -> None:
     import asyncio
-    import socket
 
     from accelerando.serve.governed import govern
     from accelerando.server.run import Service, serve_all
@@ -230,7 +233,6 @@ def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) ->
         await asyncio.wait_for(serving, 60)
         return refused, hung_up
 
-    assert isinstance(socket.SO_REUSEADDR, int)
     refused, hung_up = asyncio.run(scenario())
     shelf.close()
     assert b"503" in refused
@@ -310,4 +312,4 @@ def test_a_mistake_is_told_before_anything_is_served(tmp_path: Path, options: li
     done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120)
     assert done.returncode == 2, done.stderr
     assert message in done.stderr
-    assert np.isfinite(len(done.stdout))
+    assert "serving" not in done.stdout

@@ -360,7 +360,6 @@ class Conductor:
         """Ask the best rung what another was asked; one whose answers agree too seldom is quarantined."""
         company = self._company
         found = company.audit(self._cores)
-        self.tally.audited += 1
         if found is not None and found.quarantine:
             log.warning("quarantined", extra={"rung": found.rung, "reason": found.why})
             company.residents.turn_away(found.rung, "quarantined", found.why)

@@ -28,7 +28,7 @@ from accelerando.serve.conductor import Conductor
 from accelerando.serve.governor import PRESETS, Decides
 from accelerando.serve.isolation import Apart
 from accelerando.serve.residents import Residents
-from accelerando.serve.runtime import MachineWarning, check_axes, fit
+from accelerando.serve.runtime import MachineWarning, array_of, check_axes, fit, tensor_of
 from accelerando.serve.status import RungStatus, Status
 from accelerando.serve.tickets import Answer, Explanation, Ticket
 from accelerando.signature import Array, Signature
@@ -198,7 +198,8 @@ class GovernedModel:
         given = self._signature.bind(args, kwargs)
         torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
         tensors = [x for x in given if isinstance(x, torch.Tensor)] if torch else []
-        leaves = [fit(x, port) for x, port in zip(given, self._signature.inputs, strict=True)]
+        arrays = [array_of(torch, x) for x in given] if tensors else given
+        leaves = [fit(x, port) for x, port in zip(arrays, self._signature.inputs, strict=True)]
         check_axes(leaves, self._signature.inputs)
         return self._of_leaves(leaves, _seconds(deadline)), tensors
 
@@ -229,8 +230,7 @@ class GovernedModel:
     def _shaped(self, answer: Answer, tensors: Sequence[Any]) -> Any:
         leaves: list[Any] = answer.leaves
         if tensors:
-            torch = sys.modules["torch"]
-            leaves = [torch.from_numpy(x if x.flags.writeable else x.copy()).to(tensors[0].device) for x in leaves]
+            leaves = [tensor_of(sys.modules["torch"], x, tensors[0].device) for x in leaves]
         return self._signature.answer(leaves)
 
     # --- change -------------------------------------------------------------------------------------------------
@@ -304,7 +304,7 @@ class GovernedModel:
             computed=tally.computed,
             memory_bytes=residents.memory,
             memory_cap=residents.cap,
-            audited=tally.audited,
+            audited=company.watch.audited if company.watch else 0,
             batches=tally.batches,
             latest=tally.latest,
             drift=company.drift.findings if company.drift else (),

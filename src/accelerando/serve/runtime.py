@@ -164,12 +164,12 @@ class FastModel:
         given = self._bind_flat(args, kwargs) or signature.bind(args, kwargs)
         torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
         tensors = [x for x in given if isinstance(x, torch.Tensor)] if torch else []
-        arrays = [_array(torch, x) for x in given] if tensors else given
+        arrays = [array_of(torch, x) for x in given] if tensors else given
         leaves = [x if s.takes(x) else fit(x, s.port) for x, s in zip(arrays, self._slots, strict=True)]
         check_axes(leaves, signature.inputs)
         answers: list[Any] = self._runner(leaves)
         if tensors:
-            answers = [_tensor(torch, x, tensors[0].device) for x in answers]
+            answers = [tensor_of(torch, x, tensors[0].device) for x in answers]
         return answers[0] if self._bare else signature.answer(answers)
 
     def _bind_flat(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Any] | None:
@@ -333,7 +333,7 @@ def check_axes(leaves: Sequence[Array], ports: Sequence[Port]) -> None:
                     )
 
 
-def _array(torch: Any, value: Any) -> Any:
+def array_of(torch: Any, value: Any) -> Any:
     """The array of a tensor, without a copy where it lies in main memory."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -341,7 +341,7 @@ def _array(torch: Any, value: Any) -> Any:
     return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
 
 
-def _tensor(torch: Any, array: Array, device: Any) -> Any:
+def tensor_of(torch: Any, array: Array, device: Any) -> Any:
     own = array if array.flags.writeable and array.flags.c_contiguous else array.copy()
     tensor = torch.from_numpy(own)
     return tensor if device.type == "cpu" else tensor.to(device)

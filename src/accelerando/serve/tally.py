@@ -19,7 +19,6 @@ class Tally:
         self.rows_of: Counter[int] = Counter()  # by rung
         self.batches = 0
         self.switches = 0
-        self.audited = 0
         self.latest = 0.0  # when the last answer was given, seconds since the epoch
         self._promised = 0.0  # certified quality of rows that were answered in time, summed
         self._all_rows = 0
