@@ -27,8 +27,8 @@ class Clock:
         return self.now
 
 
-def story(watcher: Watcher, clock: Clock | None = None) -> None:
-    """A short search, told to a watcher."""
+def story(watcher: Watcher, clock: Clock | None = None) -> bool:
+    """A short search, told to a watcher; whether it came to its end."""
     original, plain, best = a_trial(ORIGINAL, 1.0), a_trial(PLAIN, 3.0), a_trial(BEST, 6.0)
     with watcher:
         for trial, leader in ((original, None), (plain, plain), (best, best)):
@@ -40,6 +40,8 @@ def story(watcher: Watcher, clock: Clock | None = None) -> None:
         watcher.found(turn_away(PLAIN, Reason.CRASHED, HOSTILE), best)
         watcher.phase("certifying")
         watcher.note(HOSTILE)
+        return True
+    return False  # the watcher swallowed an error of the search's own
 
 
 def piped(stream: Any) -> Console:
@@ -116,7 +118,10 @@ def test_a_lesson_is_seen_with_the_time_that_is_left_on_a_narrow_terminal() -> N
 class Broken(io.StringIO):
     """A pipe whose reader went away."""
 
+    tried = 0
+
     def write(self, text: str) -> int:
+        self.tried += 1
         raise BrokenPipeError(32, "Broken pipe")
 
 
@@ -128,6 +133,12 @@ class Ascii(io.StringIO):
         return super().write(text)
 
 
+def test_the_reader_who_went_away_was_written_to() -> None:
+    stream = Broken()
+    assert story(Progress(10.0, piped(stream)))
+    assert stream.tried > 0
+
+
 def closed() -> io.StringIO:
     stream = io.StringIO()
     stream.close()
@@ -137,14 +148,14 @@ def closed() -> io.StringIO:
 @pytest.mark.parametrize("stream", [Broken(), closed(), Ascii()], ids=["broken", "closed", "ascii"])
 @pytest.mark.parametrize("terminal", [False, True])
 def test_an_odd_stream_never_ends_the_search(stream: Any, terminal: bool) -> None:
-    story(Progress(10.0, Console(file=stream, width=80, force_terminal=terminal)))
+    assert story(Progress(10.0, Console(file=stream, width=80, force_terminal=terminal)))
 
 
 def test_a_reader_that_leaves_a_real_pipe_never_ends_the_search() -> None:
     read, write = os.pipe()
     os.close(read)
     with open(write, "w", closefd=False, buffering=1) as stream:
-        story(Progress(None, piped(stream)))
+        assert story(Progress(None, piped(stream)))
         os.dup2(os.open(os.devnull, os.O_WRONLY), write)  # or closing the stream would complain, and rightly
     os.close(write)
 

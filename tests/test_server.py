@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -110,30 +111,28 @@ def test_both_protocols_answer_and_the_server_ends_in_order(running: Running) ->
 
 
 def test_what_was_accepted_is_answered_when_it_is_told_to_end(running: Running) -> None:
-    done: list[int] = []
-    stop = threading.Event()
-
-    def client() -> None:
-        with httpx.Client() as session:
-            while not stop.is_set():
-                try:
-                    done.append(running.ask(session).status_code)
-                except httpx.ConnectError:
-                    return  # it listens no more
-                except httpx.RemoteProtocolError:
-                    return  # an idle connection was closed between two requests
-
-    clients = [threading.Thread(target=client) for _ in range(4)]
-    for one in clients:
-        one.start()
-    while len(done) < 50:
-        time.sleep(0.01)
-    running.stop()
-    stop.set()
-    for one in clients:
-        one.join()
-    assert set(done) <= {200, 503}
-    assert done.count(200) >= 50
+    """A request of which half has come when SIGTERM comes: it is answered, and nobody else is let in."""
+    host, port = running.url.removeprefix("http://").split(":")
+    body = json.dumps(ROW).encode()
+    lines = ["POST /v2/models/lin/infer HTTP/1.1", "host: x", "content-type: application/json", "connection: close"]
+    head = "\r\n".join([*lines, f"content-length: {len(body)}", "", ""])
+    with socket.create_connection((host, int(port)), timeout=60) as begun:
+        begun.sendall(head.encode() + body[:20])
+        assert running.ask().status_code == 200  # so the half has been read, too
+        running.process.send_signal(signal.SIGTERM)
+        for _ in range(600):
+            try:
+                socket.create_connection((host, int(port)), timeout=5).close()
+            except OSError:
+                break
+            time.sleep(0.1)
+        else:
+            raise AssertionError("it still listens")
+        begun.sendall(body[20:])
+        reply = begun.makefile("rb").read()
+    assert b" 200 " in reply.split(b"\r\n")[0]
+    assert json.loads(reply.split(b"\r\n\r\n")[1])["outputs"][0]["data"] == ANSWER
+    running.process.communicate(timeout=60)
     assert running.process.returncode == 0
 
 
@@ -177,11 +176,7 @@ def test_a_damaged_bundle_does_not_take_over(running: Running) -> None:
     (running.bundle / "manifest.json").write_text("{}")
     reply = httpx.post(f"{running.url}/v2/repository/models/lin/load", json={}, timeout=60)
     assert reply.status_code == 400
-    assert (
-        "[field]" in reply.json()["error"]
-        or "[not-a-bundle]" in reply.json()["error"]
-        or "manifest" in reply.json()["error"]
-    )
+    assert "[not-a-bundle]" in reply.json()["error"]
     assert running.ask().json()["outputs"][0]["data"] == ANSWER
 
 
