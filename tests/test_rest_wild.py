@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import random
-import shutil
 import socket
 import subprocess
 import threading
@@ -22,6 +20,7 @@ import numpy as np
 import pytest
 from caller import Caller, call, run
 from chromium import Chromium
+from clients import programs_of
 from shelf import DOUBLE, FakeServed, FakeShelf, signature_of
 
 from accelerando.server.access import Access, Settings
@@ -343,9 +342,7 @@ class SteadyShelf(FakeShelf):
 @pytest.mark.slow
 def test_with_schemathesis(tmp_path: Path) -> None:
     """It makes requests out of the document, good ones and bad ones, and holds the answers against it."""
-    program = os.environ.get("SCHEMATHESIS") or shutil.which("schemathesis") or shutil.which("st")
-    if program is None:
-        pytest.skip("schemathesis is not installed: put it into a venv of its own and its path into SCHEMATHESIS")
+    program = str(programs_of("schemathesis") / "schemathesis")
     app = Rest(SteadyShelf({"simple": FakeServed()}), Settings(max_body_bytes=2**20))
     with serving(app) as port:
         url = f"http://127.0.0.1:{port}"

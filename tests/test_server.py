@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from clients import programs_of
 from test_isolation import linear
 
 from accelerando.backends.onnxruntime import Onnxruntime
@@ -28,7 +29,6 @@ from accelerando.testing.bundles import SIGNATURE, write_bundle
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(180)]
 ROOT = Path(__file__).parents[1]
-CAN_NOT_BE_HAD = 75  # how scripts/triton-venv ends where the registry can't be reached
 ROW = {"inputs": [{"name": "x", "datatype": "FP32", "shape": [1, 4], "data": [1, 1, 1, 1]}]}
 ANSWER = [18.0, 22.0, 26.0]
 RECIPES = [Recipe((), Onnxruntime(threads=1)), Recipe((), Onnxruntime(threads=1, optimization="basic"))]
@@ -237,10 +237,7 @@ def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) ->
 
 def test_the_example_asks_a_served_model_by_tritonclient(tmp_path: Path) -> None:
     """`examples/serve_digits/call.py`, in the venv of the outside client, against a bundle of the digits' shape."""
-    made = subprocess.run([str(ROOT / "scripts" / "triton-venv")], capture_output=True, text=True, timeout=300)
-    if made.returncode == CAN_NOT_BE_HAD:
-        pytest.skip(made.stderr.strip())
-    assert made.returncode == 0, made.stderr
+    client = [str(programs_of("triton") / "python"), str(ROOT / "examples/serve_digits/call.py")]
     signature = replace(
         SIGNATURE,
         inputs=(Port("input", "float32", ("batch", 1, 8, 8)),),
@@ -253,7 +250,6 @@ def test_the_example_asks_a_served_model_by_tritonclient(tmp_path: Path) -> None
     write_bundle(bundle, recipes=RECIPES, content=digits_like(tmp_path / "m"), signature=signature, inputs=rows)
     running = start(bundle)
     try:
-        client = [str(ROOT / ".venv-triton/bin/python"), str(ROOT / "examples/serve_digits/call.py")]
         address = running.url.removeprefix("http://")
         done = subprocess.run([*client, address, "lin"], capture_output=True, text=True, timeout=120)
     finally:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import uvicorn
+from clients import programs_of
 from google.protobuf.descriptor_pb2 import FileDescriptorProto
 from shelf import SIMPLE, FakeServed, FakeShelf, signature_of, sum_and_difference
 
@@ -26,7 +27,6 @@ from accelerando.server.rpc import serve_rpc
 
 ROOT = Path(__file__).parents[1]
 CALLS = ROOT / "tests" / "triton_calls.py"
-CAN_NOT_BE_HAD = 75  # how scripts/triton-venv ends where the registry can't be reached
 STRINGS = signature_of(
     {"INPUT0": ("object", ("batch", 16)), "INPUT1": ("object", ("batch", 16))},
     {"OUTPUT0": ("object", ("batch", 16)), "OUTPUT1": ("object", ("batch", 16))},
@@ -100,11 +100,7 @@ def serving(shelf: Any) -> Iterator[tuple[str, str]]:
 @pytest.fixture(scope="module")
 def python() -> Path:
     """The interpreter of the client's venv, which is made if it is not there."""
-    made = subprocess.run([ROOT / "scripts" / "triton-venv"], capture_output=True, text=True, timeout=280, check=False)
-    if made.returncode == CAN_NOT_BE_HAD:
-        pytest.skip(made.stderr.strip().splitlines()[-1])
-    assert made.returncode == 0, made.stderr
-    return ROOT / ".venv-triton" / "bin" / "python"
+    return programs_of("triton") / "python"
 
 
 def ask(python: Path, shelf: Any, file: Any, folder: Path) -> subprocess.CompletedProcess[str]:
