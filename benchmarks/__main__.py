@@ -21,6 +21,7 @@ BENCHMARKS = {
     "fft": ("benchmarks.fft", "a long convolution by FFT against the direct form of every runtime"),
     "sparse": ("benchmarks.sparse", "products that skip zeros against dense ones, at 90, 95 and 99 % zeros"),
     "judge": ("benchmarks.judge", "how often the judge errs: equals called faster, planted losses missed"),
+    "governor": ("benchmarks.governor", "the governor against other policies, simulated"),
     "serve": ("benchmarks.serve", "the governor on a real ladder: bursts, overload, changed goals, memory, a bad rung"),
     "requests": ("benchmarks.requests", "requests per second over HTTP, against handlers around the same session"),
     "imports": ("benchmarks.imports", "what importing costs, and what comes along"),

@@ -26,20 +26,7 @@ from accelerando.serve.simulation import (
 from accelerando.serve.traces import Trace
 from accelerando.testing.bundles import write_bundle
 from accelerando.testing.fakes import fake_rung, fakes_known
-
-SECONDS = (0.120, 0.080, 0.053, 0.035, 0.024, 0.016, 0.010)
-QUALITY = (0.92, 0.915, 0.905, 0.89, 0.87, 0.84, 0.80)
-RUNGS = tuple(RungState(i, q, 0.0, s, 1.15) for i, (s, q) in enumerate(zip(SECONDS, QUALITY, strict=True)))
-WIDE = (*RUNGS, RungState(7, 0.77, 0.0, 0.0065, 1.15), RungState(8, 0.73, 0.0, 0.0043, 1.15))
-BEST_CARRIES = 1 / SECONDS[0]
-
-
-def noise(seed: int, count: int = 4000) -> np.ndarray:
-    """Calls as multiples of the usual time: 8 % of noise, and in a hundred one that stalls for 1.8 times as long."""
-    rng = np.random.default_rng(seed)
-    found = np.exp(0.08 * rng.standard_normal(count))
-    found[rng.random(count) < 0.01] *= 1.8
-    return found
+from benchmarks.governor import BEST_CARRIES, QUALITY, RUNGS, SECONDS, WIDE, fare, noise
 
 
 def one(seconds: float = 0.01) -> tuple[RungState, ...]:
@@ -159,28 +146,6 @@ def test_a_mean_quality_that_is_asked_for_is_kept() -> None:
 # --- the governor against others --------------------------------------------------------------------------------
 
 
-def fare(rungs: tuple[RungState, ...], cv2: float, patience: float, seeds: range, seconds: float) -> dict[str, Outcome]:
-    """The usual policies on gamma traces at twice what the best rung carries, all seeds together."""
-    runs: list[Simulation] = []
-    for seed in seeds:
-        trace = traces.gamma(2 * BEST_CARRIES, cv2, seconds, seed)
-        times = [noise(100 * seed + i) for i in range(len(rungs))]
-        runs.append(simulate(rungs, trace, Terms(patience), times=times, seed=seed))
-    return {several[0].policy: together(several) for several in zip(*(r.outcomes for r in runs), strict=True)}
-
-
-def together(several: tuple[Outcome, ...]) -> Outcome:
-    requests, on_time = sum(o.requests for o in several), sum(o.on_time for o in several)
-    return replace(
-        several[0],
-        requests=requests,
-        on_time=on_time,
-        quality=sum(o.quality * o.on_time for o in several) / on_time,
-        effective_quality=sum(o.effective_quality * o.requests for o in several) / requests,
-        switches_per_second=sum(o.switches_per_second for o in several) / len(several),
-    )
-
-
 def beats_the_others(found: dict[str, Outcome], name: str) -> None:
     ours = found[name]
     for policy, other in found.items():
@@ -194,7 +159,7 @@ def beats_the_others(found: dict[str, Outcome], name: str) -> None:
 @pytest.mark.slow
 def test_bursts_of_cv2_4_at_twice_the_best_rungs_capacity() -> None:
     """Seeds on which nothing was tuned."""
-    found = fare(RUNGS, 4, 0.3, range(500, 504), 300)
+    found, _ = fare(RUNGS, 4, 0.3, range(500, 504), 300)
     for name in ("steady", "balanced"):
         assert found[f"governor, {name}"].attainment >= 0.999
         beats_the_others(found, f"governor, {name}")
@@ -208,7 +173,7 @@ def test_bursts_of_cv2_4_at_twice_the_best_rungs_capacity() -> None:
 @pytest.mark.slow
 def test_bursts_of_cv2_23() -> None:
     """On a ladder whose fastest rung can answer such bursts; where it can't, nobody could."""
-    found = fare(WIDE, 23, 0.3, range(500, 504), 300)
+    found, _ = fare(WIDE, 23, 0.3, range(500, 504), 300)
     assert found["rung 8 always"].attainment > 0.9995
     for name in ("steady", "balanced"):
         assert found[f"governor, {name}"].attainment >= 0.995
