@@ -35,9 +35,9 @@ def run(name: str) -> None:
     body = (
         "Simulated, not measured: one executor, calls with 8 % of noise and 1 % of stalls of 1.8 times, requests of "
         f"one row, at twice what the best rung carries, seeds {SEEDS[0]} to {SEEDS[-1]}, {LENGTH:.0f} s each. Rung by "
-        f"rung {', '.join(f'{s * 1e3:g}' for s in SECONDS)} ms with {', '.join(f'{q * 100:g}' for q in QUALITY)} %; the "
-        "wide ladder two more, 6.5 and 4.3 ms with 77 and 73 %. Deadlines met / quality of what was on time / effective "
-        f"quality (late and refused count 0), all in percent.\n\n{table(['policy', *CASES], rows)}\n\n"
+        f"rung {', '.join(f'{s * 1e3:g}' for s in SECONDS)} ms with {', '.join(f'{q * 100:g}' for q in QUALITY)} %; "
+        "the wide ladder two more, 6.5 and 4.3 ms with 77 and 73 %. Deadlines met / quality of what was on time / "
+        f"effective quality (late and refused count 0), all in percent.\n\n{table(['policy', *CASES], rows)}\n\n"
         "Switches a second in the first case: "
         + ", ".join(f"{p} {found['CV2 4, 300 ms'][p].switches_per_second:.1f}" for p in policies if "rung" not in p)
         + "."
