@@ -20,8 +20,8 @@ from accelerando.goal import Goal, Outcome
 from accelerando.recipe import Recipe, Stage, Technique
 from accelerando.search.belief import share_of
 from accelerando.search.budget import Budget
-from accelerando.search.directions import Direction, depth_of, direction_of, mixtures
-from accelerando.search.history import History, Proposal, asked_speedup, drop_of, front_of, holds, tail_of
+from accelerando.search.directions import Direction, depth_of, direction_of, grows, mixtures
+from accelerando.search.history import History, Proposal, asked_speedup, drop_of, front_of, holds, sober, tail_of
 from accelerando.search.space import Space
 from accelerando.trial import Evidence, Refused, Trial
 
@@ -104,7 +104,7 @@ class Cuts:
             return False
         if not self.goal.quality_bounds:
             return holds(evidence, self.goal)
-        checks = self.goal.judge(evidence).checks
+        checks = self.goal.judge(sober(evidence)).checks
         return all(c.outcome is Outcome.MET for c in checks if c.bound in self.goal.quality_bounds)
 
     def measure(self, level: Level) -> Proposal | None:
@@ -130,8 +130,12 @@ class Cuts:
 
     def width(self, level: Level) -> int:
         """How many shapes of a level are held against each other."""
-        width = min(WIDTH, max(2, round(self.whole / SECONDS_EACH)))
-        return width if not level.front else max(1, width // 2)
+        return self.breadth if not level.front else max(1, self.breadth // 2)
+
+    @property
+    def breadth(self) -> int:
+        """How many shapes of the original are held against each other."""
+        return min(WIDTH, max(2, round(self.whole / SECONDS_EACH)))
 
     @property
     def whole(self) -> float:
@@ -153,7 +157,7 @@ class Cuts:
     def _is_cut(self, trial: Trial, level: Level) -> bool:
         front = front_of(trial.recipe)
         cut = front[len(level.front) :]
-        return front[: len(level.front)] == level.front and bool(cut) and all(s.stage is Stage.SHAPE for s in cut)
+        return front[: len(level.front)] == level.front and bool(cut) and all(share_of(s) is not None for s in cut)
 
     def _worth_another_look(self, trial: Trial, level: Level) -> bool:
         """Whether a cut was measured in a bad minute, and not twice yet."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from statistics import median
 
 from accelerando.errors import Reason
 from accelerando.goal import QUANTILES, Goal
+from accelerando.interval import Interval
 from accelerando.recipe import Recipe, Stage, Technique
 from accelerando.search.belief import DROP, SPEED, Belief, spread
-from accelerando.trial import Evidence, Refused, Trial
+from accelerando.trial import ARGUMENTS, Evidence, Refused, Trial
 
 MEASURING_SECONDS = 4.0  # what measuring takes, whatever it is
 BLURRED = 0.3  # relative width of the best's interval over which it is measured again at once
@@ -113,9 +114,43 @@ class History:
         return False
 
 
+@dataclass(frozen=True, eq=False)
+class SoberEvidence(Evidence):
+    """Evidence in which a drop below zero counts as none, unless its whole interval lies there.
+
+    Of many recipes that are worth the same, the luckiest on the select split looks better than the original; on the
+    certify split it will not.  What decides is then whether its interval would fit about zero.
+    """
+
+    @cached_property
+    def drop(self) -> Interval:
+        return _sobered(super().drop)
+
+    @cached_property
+    def relative_drop(self) -> Interval:
+        return _sobered(super().relative_drop)
+
+
+def _sobered(drop: Interval) -> Interval:
+    luck = max(min(drop.high, 0.0) - drop.mid, 0.0)
+    return Interval(drop.low + luck, drop.mid + luck, drop.high + luck)
+
+
+@lru_cache(maxsize=1024)
+def sober(evidence: Evidence) -> Evidence:
+    """The evidence without what looks like luck."""
+    return SoberEvidence(**{name: getattr(evidence, name) for name in ARGUMENTS})
+
+
+def merit(trial: Trial, goal: Goal) -> tuple[float, ...]:
+    """A key by which the verified trial that promises the best certificate sorts last."""
+    assert trial.evidence is not None
+    return goal.merit(sober(trial.evidence))
+
+
 def leader(verified: Iterable[Trial], goal: Goal) -> Trial | None:
     """The best of the verified trials, as the goal has it."""
-    return max(verified, key=lambda t: goal.merit(t.evidence), default=None)  # type: ignore[arg-type]
+    return max(verified, key=lambda t: merit(t, goal), default=None)
 
 
 def speed_of(evidence: Evidence | None) -> float:
