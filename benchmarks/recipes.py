@@ -54,7 +54,7 @@ def compare(model: Model, recipe: Recipe, rows: Samples, exact: Array, tools: Se
         subject = Subject(recipe, recipe.backend.compile(made, compiled), compiled)
         with Arm(subject, model.signature, Path(folder), "rows", 1) as ours:
             seen = contest(peers, ours, rounds)
-            answers = {"ours": ours.answers(rows.chunks[0].inputs, 120.0)[0]}
+            answers = {"ours": ours.answers(rows.chunks[0].inputs, 120.0, 120.0, 2**30)[0]}
     for peer in peers:
         answers[peer.name] = peer.outputs(rows, model.signature)
         peer.close()

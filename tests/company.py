@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from accelerando.serve.conductor import Conductor
 from accelerando.serve.governor import RESPONSIVE, Decides
 from accelerando.serve.residents import Residents
 from accelerando.serve.tickets import Ticket
-from accelerando.signature import Array
+from accelerando.signature import Array, Signature
 from accelerando.testing.bundles import SIGNATURE, write_bundle
 from accelerando.testing.fakes import FakeRunner, fake_evidence
 
@@ -35,6 +35,7 @@ class Script:
     seconds: float = 0.0
     error: Exception | None = None
     gate: threading.Event | None = None  # a call waits for it
+    most_rows: int | None = None  # of a call; more are too many
     calls: list[int] = field(default_factory=list)  # rows of each
     closed: int = 0
     started: int = 0
@@ -43,8 +44,8 @@ class Script:
 class ScriptedRunner(Runner):
     """Row means, as `FakeRunner` gives them; rows that hold `POISON` make it fail."""
 
-    def __init__(self, script: Script) -> None:
-        self.script, self.inner = script, FakeRunner(SIGNATURE)
+    def __init__(self, script: Script, signature: Signature = SIGNATURE) -> None:
+        self.script, self.inner = script, FakeRunner(signature)
         script.started += 1
 
     def __call__(self, leaves: Sequence[Array]) -> list[Array]:
@@ -56,6 +57,8 @@ class ScriptedRunner(Runner):
             time.sleep(script.seconds)
         if script.error:
             raise script.error
+        if script.most_rows and len(leaves[0]) > script.most_rows:
+            raise MemoryError("too many rows")
         if (leaves[0] == POISON).any():
             raise ValueError("a poisonous row")
         return self.inner(leaves)
@@ -108,17 +111,18 @@ def troupe(
     order: Sequence[int] = (2, 0, 1),
     watch: Any = None,
     waiting_rows: int = 10_000,
-    begin: Callable[[Residents], None] | None = None,
+    signature: Signature = SIGNATURE,
+    **evidence: Any,
 ) -> Troupe:
-    """Three rungs that follow their scripts; all are loaded before this returns."""
-    bundle = ladder_of(write_bundle(folder), drops)
+    """Three rungs that follow their scripts, with this evidence; all are loaded before this returns."""
+    bundle = ladder_of(write_bundle(folder, signature=signature), drops, **evidence)
     found = list(scripts) or [Script() for _ in bundle.ladder]
     cores = threading.Lock()
 
     def start(rung: Rung) -> Runner:
         number = bundle.ladder.index(rung.recipe)
         assert number is not None
-        return ScriptedRunner(found[number])
+        return ScriptedRunner(found[number], signature)
 
     residents = Residents(bundle, start, cores, cap)
     residents.begin(order, first=len(order))

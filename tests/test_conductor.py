@@ -5,16 +5,26 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from company import POISON, Script, Troupe, troupe
+from hypothesis import given
+from hypothesis import strategies as st
 
 from accelerando.errors import ClosedError, DeadlineError, OverloadedError, RowsError
+from accelerando.serve.account import status_of
+from accelerando.serve.company import GoneError
 from accelerando.serve.governor import Decision, RungState, Signal
+from accelerando.serve.isolation import LostError
+from accelerando.serve.salvage import PROBE_SECONDS, PROBES, search
 from accelerando.serve.status import Stand
+from accelerando.signature import Array, Port
+from accelerando.testing.bundles import SIGNATURE
 
 WAIT = 30.0  # for what takes milliseconds on any machine
 
@@ -98,6 +108,90 @@ def test_only_the_poisonous_request_of_a_batch_fails(make: Any) -> None:
         bad.future.result(WAIT)
     assert held.conductor.tally.requests["failed"] == 1
     assert held.ask().future.result(WAIT)
+
+
+def rows_with(poisonous: Sequence[int], count: int) -> Array:
+    leaf = np.arange(count, dtype=np.float32)[:, None] * np.ones(4, np.float32)
+    leaf[list(poisonous)] = POISON
+    return leaf
+
+
+@pytest.mark.parametrize(
+    ("poisonous", "count", "said"),
+    [
+        ([2], 8, "^row 3 of 8 "),
+        ([0, 6], 7, "^rows 1 and 7 of 7 "),
+        ([0, 1, 2], 3, "^each of its 3 rows"),
+        (range(64), 64, r"^rows 1, .* more of 64 \(counted from 1\), and perhaps others: "),
+    ],
+)
+def test_the_poisonous_rows_of_a_request_are_named(make: Any, poisonous: Any, count: int, said: str) -> None:
+    held = make(governor=Stands(2, 8))
+    gate, first = hold(held, 2)
+    fine, bad = held.ask(rows_with([], 4)), held.ask(rows_with(poisonous, count))
+    gate.set()
+    assert first.future.result(WAIT)
+    (answer,) = fine.future.result(WAIT).leaves
+    np.testing.assert_array_equal(answer[:, 0], np.arange(4))
+    with pytest.raises(RowsError, match=said) as caught:
+        bad.future.result(WAIT)
+    assert "ValueError: a poisonous row" in str(caught.value)
+    assert sum(len(script.calls) for script in held.scripts) <= PROBES + 6
+    assert held.conductor.tally.requests["failed"] == 1
+
+
+def test_the_poisonous_row_of_a_fixed_batch_is_named(make: Any) -> None:
+    fixed = replace(SIGNATURE, inputs=(Port("x", "float32", (4, 4)),), outputs=(Port("logits", "float32", (4, 3)),))
+    held = make(signature=fixed)
+    with pytest.raises(RowsError, match=r"^row 2 of 4 "):
+        held.ask(rows_with([1], 4)).future.result(WAIT)
+    assert all(set(script.calls) <= {4} for script in held.scripts)
+
+
+@pytest.mark.parametrize("lost", [LostError("the process died"), GoneError("it has just left")])
+def test_rows_are_not_looked_for_at_the_cost_of_a_process_each(make: Any, lost: Exception) -> None:
+    held = make(governor=Stands(2, 8))
+    for script in held.scripts:
+        script.error = lost
+    with pytest.raises(RowsError, match=f"^{lost}$"):
+        held.ask(8).future.result(WAIT)
+    assert sum(len(script.calls) for script in held.scripts) == 3
+
+
+@given(st.integers(2, 200), st.sets(st.integers(0, 199)), st.integers(1, 200))
+def test_no_row_is_accused_that_does_not_fail_by_itself(count: int, poisonous: set[int], most: int) -> None:
+    """Nor is one passed over, as long as the search was whole; too many rows at once may fail without any poison."""
+    calls: list[slice] = []
+
+    def run(rows: slice) -> None:
+        calls.append(rows)
+        if rows.stop - rows.start > most or poisonous & set(range(rows.start, rows.stop)):
+            raise ValueError("poison")
+
+    found, whole, _ = search(run, count, ValueError("together"), lambda: 0.0)
+    real = {row for row in poisonous if row < count}
+    assert len(calls) <= PROBES
+    assert set(found) <= real
+    assert not whole or set(found) == real
+    assert whole or len(calls) == PROBES
+
+
+def test_a_search_for_rows_ends_in_time() -> None:
+    now = iter(range(100))
+
+    def run(rows: slice) -> None:
+        raise ValueError(f"row {rows.start}")
+
+    found, whole, why = search(run, 64, ValueError("together"), lambda: next(now) * PROBE_SECONDS / 10)
+    assert (found[:2], whole, str(why)) == ([0, 1], False, "row 0")
+
+
+def test_rows_that_fail_only_together_are_not_accused(make: Any) -> None:
+    held = make(governor=Stands(2, 8))
+    for script in held.scripts:
+        script.most_rows = 4
+    with pytest.raises(RowsError, match=r"^none of its 8 rows fails by itself, but together: .*MemoryError"):
+        held.ask(8).future.result(WAIT)
 
 
 def test_a_rung_that_raises_is_given_up_and_nothing_is_lost(make: Any) -> None:
@@ -296,3 +390,15 @@ def test_the_stands_tell_where_it_stood_and_why(make: Any) -> None:
     assert all(isinstance(s, Stand) and s.why for s in held.conductor.stands)
     assert held.conductor.tally.switches == 1
     assert held.conductor.standing == 2
+
+
+@pytest.mark.parametrize(("metric", "quality"), [("accuracy", 0.9), ("mae", 2.0)])
+def test_only_where_more_is_better_can_a_missed_answer_count_as_nothing(make: Any, metric: str, quality: float) -> None:
+    held = make(metric=metric, quality=quality)
+    answer = held.ask().future.result(WAIT)
+    told = status_of("a name", held.conductor)
+    assert (told.metric, told.answered, told.standing) == (metric, 1, answer.why.rung)
+    if metric == "mae":
+        assert math.isnan(told.effective_quality), "0 would be the best that there is"
+    else:
+        assert told.effective_quality == pytest.approx(0.9, abs=0.02)

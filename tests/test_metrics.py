@@ -68,6 +68,12 @@ def test_the_figures_of_a_status_are_told_as_they_are(accept: str) -> None:
     assert any(name == "process_resident_memory_bytes" for name, _ in found)
 
 
+def test_a_figure_that_does_not_exist_has_no_series() -> None:
+    found = scraped(shelf_of(busy(effective_quality=float("nan"))))
+    assert not [key for key in found if key[0] == "accelerando_effective_quality"]
+    assert [key for key in scraped(shelf_of(busy())) if key[0] == "accelerando_effective_quality"]
+
+
 def test_the_content_type_is_what_the_scraper_asked_for() -> None:
     shelf = shelf_of(busy())
     assert exposition(shelf, "")[0].startswith("text/plain; version=0.0.4")

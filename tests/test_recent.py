@@ -40,6 +40,11 @@ def test_effective_quality_of_the_last_minute_is_not_that_since_the_start() -> N
     assert recent.compare(before, after, 1.0).quality == pytest.approx(0.3)
 
 
+def test_where_less_is_better_missed_answers_have_no_quality() -> None:
+    before, after = (busy(times=n, effective_quality=float("nan")) for n in (1, 2))
+    assert recent.compare(before, after, 1.0).quality is None
+
+
 def test_nothing_between_means_no_figures() -> None:
     found = recent.compare(busy(), busy(), 5.0)
     assert (found.requests, found.share, found.quality, found.answers, found.rows) == (0, None, None, None, 0.0)

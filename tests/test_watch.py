@@ -31,6 +31,7 @@ from accelerando.serve.likeness import Likeness
 from accelerando.serve.watch import Watch
 from accelerando.signature import Array, Port, Signature
 from accelerando.testing.bundles import write_bundle
+from benchmarks import watching
 
 # --- the anytime interval ---------------------------------------------------------------------------------------
 
@@ -504,7 +505,7 @@ def test_metrics_that_promise_nothing_are_held_to_the_stored_rows(tmp_path: Path
     bundle = port_bundle(tmp_path, ("batch", 5), "float32", [answers[0], answers[0]], "own metric")
     promise = Watch(bundle).promised(1)
     assert promise is not None
-    assert promise.grounds == "8 stored rows"
+    assert promise.grounds == "8 stored answers"
     assert promise.least == pytest.approx(0.025 ** (1 / 8)), "of 8 rows no more can be said, though all are the same"
     blind = Watch(replace(bundle, parity_file=None), share=1.0)
     assert blind.promised(1) is None
@@ -524,8 +525,26 @@ def test_many_stored_rows_count_beside_the_scores(tmp_path: Path) -> None:
     wrong = (np.arange(500) % 3 > 0).astype(float)[:, None]
     promise = Watch(with_evidence(bundle, [wrong, wrong])).promised(1)
     assert promise is not None
-    assert promise.grounds == "300 stored rows"
+    assert promise.grounds == "300 stored answers"
     assert promise.least > 0.98
+
+
+def test_answers_whose_rows_are_not_stored_count_like_those_whose_are(tmp_path: Path) -> None:
+    """The original is right on three quarters only, so that its scores promise little."""
+    logits = 3 * np.random.default_rng(0).standard_normal((808, 5)).astype(np.float32)
+    other = np.where(np.arange(808)[:, None] % 100 == 99, -logits, logits)
+    bundle = port_bundle(tmp_path, ("batch", 5), "float32", [logits[:8], other[:8]], "accuracy")
+    three_quarters = (np.arange(500) % 4 > 0).astype(float)[:, None]
+    bundle = with_evidence(bundle, [three_quarters, three_quarters])
+    few, parity = Watch(bundle).promised(1), bundle.parity
+    assert parity is not None
+    many = replace(parity, further={ORT.key: (logits[8:],), COMPRESSED.key: (other[8:],)})
+    promise = Likeness(bundle, many).promised(1, 0, 0.025)
+    assert few is not None
+    assert promise is not None
+    assert few.least < 0.75
+    assert promise.grounds == "808 stored answers"
+    assert 0.975 < promise.least < 0.99
 
 
 @pytest.mark.parametrize("why", ["positions that are not judged", "other samples", "another split"])
@@ -548,7 +567,23 @@ def test_scores_that_can_not_tell_promise_nothing(tmp_path: Path, why: str) -> N
         judged = replace(judged, ladder=Ladder((first, replace(second, evidence=selected))))
     promise = Watch(judged).promised(1)
     assert promise is not None
-    assert promise.grounds == "8 stored rows"
+    assert promise.grounds == "8 stored answers"
+
+
+def test_the_page_tells_the_promises_as_they_are() -> None:
+    page = (Path(__file__).parents[1] / "docs" / "why" / "quality-watch.md").read_text("utf-8")
+    for right, count in watching.SETTINGS:
+        assert f"| {right * 100:.0f} % | {count} | {watching.promise_of_scores(right, count) * 100:.1f} % |" in page
+    for count in watching.STORED:
+        assert f"| {count} | {watching.promise_of_answers(count) * 100:.1f} % |" in page
+
+
+def test_stored_answers_show_what_the_scores_of_a_modest_model_can_not() -> None:
+    lost = watching.AGREES - 0.05
+    assert lost > watching.promise_of_scores(0.75, 5000), "so that it would live for ever"
+    lives = [watching.life(watching.promise_of_answers(1024), lost, seed) for seed in range(5)]
+    assert max(lives) <= 1000
+    assert watching.life(watching.promise_of_answers(1024), watching.AGREES, 0) == math.inf
 
 
 def test_answers_that_are_not_finite_or_of_another_shape_are_nothing_alike(case: Case) -> None:

@@ -1,7 +1,9 @@
 """Parity: a few rows with the answers that the original and every rung gave, so that a copy can be proven.
 
-It is an uncompressed .npz of plain arrays: `input_0`, `original_0`, `<recipe key>_0`, ... and nothing else, so that
-no archive can be larger inside than it is outside.
+Of further rows there are the answers alone: they tell how often two rungs agree, and give nobody's data away.
+
+It is an uncompressed .npz of plain arrays: `input_0`, `original_0`, `<recipe key>_0`, `further_<recipe key>_0`, ... and
+nothing else, so that no archive can be larger inside than it is outside.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import math
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from accelerando.signature import Array
 
 PARITY_BYTES = 256 * 2**20
 ARRAYS = 100_000
+FURTHER = "further_"
 SLACK = 1e-3  # of the answers' scale: what other processors' float arithmetic may change
 SHARE = 0.5  # of what the rung itself differs from the original
 
@@ -32,11 +35,27 @@ class Parity:
         inputs: flat inputs of one batch, in the signature's order, each (n, ...).
         original: the original's flat outputs, in the signature's order.
         rungs: the same of every rung, by recipe key.
+        further: every rung's answers to further rows, which are not stored themselves: the same rows for every rung, as
+            drawn at random as those of `inputs`, and of the same shape.  Empty where there are none.
     """
 
     inputs: tuple[Array, ...]
     original: tuple[Array, ...]
     rungs: Mapping[str, tuple[Array, ...]]
+    further: Mapping[str, tuple[Array, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inputs: Sequence[Array], original: str, answers: Mapping[str, Sequence[Array]], kept: int) -> Parity:
+        """So many rows with their inputs, and of the others the answers alone, as far as all rungs gave any.
+
+        Args:
+            original: the original's key.
+            answers: flat outputs by recipe key, to as many of the rows as the rung was asked.
+        """
+        most = min((len(x) for found in answers.values() for x in found), default=0)
+        first = {key: tuple(x[:kept] for x in found) for key, found in answers.items()}
+        further = {key: tuple(x[kept:most] for x in found) for key, found in answers.items()} if most > kept else {}
+        return cls(tuple(x[:kept] for x in inputs), first[original], first, further)
 
     def deviation(self, key: str, outputs: Sequence[Array]) -> str | None:
         """What is wrong with outputs that the rung of this key gives now, or None.
@@ -70,7 +89,8 @@ class Parity:
             BundleError: `parity`: there is more than a reader takes; store fewer rows.
         """
         arrays: dict[str, Array] = {}
-        for name, group in (("input", self.inputs), ("original", self.original), *self.rungs.items()):
+        further = ((FURTHER + key, group) for key, group in self.further.items())
+        for name, group in (("input", self.inputs), ("original", self.original), *self.rungs.items(), *further):
             arrays |= {f"{name}_{i}": np.ascontiguousarray(x) for i, x in enumerate(group)}
         stream = io.BytesIO()
         np.savez(stream, allow_pickle=False, **arrays)
@@ -88,7 +108,7 @@ class Parity:
         groups: dict[str, dict[int, Array]] = {}
         try:
             for name, array in _arrays(content):
-                found = re.fullmatch(r"(input|original|[0-9a-f]{12})_(\d{1,5})\.npy", name)
+                found = re.fullmatch(r"(input|original|(?:further_)?[0-9a-f]{12})_(\d{1,5})\.npy", name)
                 if not found:
                     raise ValueError(f"{name[:80]!r} is not the name of an input or an output")
                 groups.setdefault(found[1], {})[int(found[2])] = array
@@ -97,7 +117,24 @@ class Parity:
         if any(sorted(group) != list(range(len(group))) for group in groups.values()) or not groups.get("input"):
             raise BundleError("parity", "parity.npz must hold input_0, input_1, ... without a gap; so of the outputs")
         rows = {name: tuple(group[i] for i in sorted(group)) for name, group in groups.items()}
-        return cls(rows.pop("input"), rows.pop("original", ()), rows)
+        further = {name.removeprefix(FURTHER): rows.pop(name) for name in list(rows) if name.startswith(FURTHER)}
+        parity = cls(rows.pop("input"), rows.pop("original", ()), rows, further)
+        parity._check_further()
+        return parity
+
+    def _check_further(self) -> None:
+        counts = {len(x) for group in self.further.values() for x in group if x.ndim}
+        alike = all(
+            key in self.rungs and [_row(x) for x in group] == [_row(x) for x in self.rungs[key]]
+            for key, group in self.further.items()
+        )
+        if not alike or len(counts) > 1:
+            raise BundleError("parity", "the further answers must be as many, and like the others, for every rung")
+
+
+def _row(answers: Array) -> tuple[object, ...]:
+    """What one row of answers is like."""
+    return answers.dtype, answers.ndim, answers.shape[1:]
 
 
 def _arrays(content: bytes) -> list[tuple[str, Array]]:

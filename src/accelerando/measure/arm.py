@@ -26,7 +26,9 @@ from accelerando.signature import Array, Signature
 from accelerando.workload import Chunk, Samples
 
 TIMED_BATCHES = 32  # distinct inputs that a block goes round
-PROBE_ROWS = 8
+PROBE_ROWS = 8  # are asked at once
+ANSWER_SECONDS = 3.0  # in which answers are asked for, and
+ANSWER_BYTES = 8 * 2**20  # of them that are wanted at most
 LOAD_SECONDS = 120.0
 # A block of a model whose time depends on what its inputs hold: so many rows at least, for a path that one in twenty
 # takes must come a few times in every block, or the median over rounds is not the mean; but no more seconds or bytes.
@@ -120,9 +122,15 @@ class Arm:
         """What a function makes of the flat outputs, (rows, ...) each, for every sample of a split, in its order."""
         return self._child.call(_each_row, str(split), function, timeout=timeout)
 
-    def answers(self, inputs: tuple[Array, ...], timeout: float) -> list[Array]:
-        """The flat outputs for some rows."""
-        return self._child.call(_answers, inputs, timeout=timeout)
+    def answers(
+        self,
+        inputs: tuple[Array, ...],
+        timeout: float,
+        most_seconds: float = ANSWER_SECONDS,
+        most_bytes: int = ANSWER_BYTES,
+    ) -> list[Array]:
+        """The flat outputs for some rows, asked a few at a time: for the first in any case, and on until the bounds."""
+        return self._child.call(_answers, inputs, most_seconds, most_bytes, timeout=timeout)
 
     def close(self) -> None:
         self._child.close()
@@ -264,7 +272,14 @@ def _each_row(split: str, function: Callable[[list[Array]], Floats]) -> Floats:
     return np.concatenate([function(outputs) for outputs, _ in found])
 
 
-def _answers(inputs: tuple[Array, ...]) -> list[Array]:
-    outputs = _loaded[0].run(inputs)
-    quality.check(outputs, _loaded[0].signature, len(inputs[0]))
-    return [np.array(o) for o in outputs]
+def _answers(inputs: tuple[Array, ...], most_seconds: float, most_bytes: int) -> list[Array]:
+    loaded, found = _loaded[0], []
+    size, until = loaded.signature.fixed_batch or PROBE_ROWS, time.monotonic() + most_seconds
+    for start in range(0, len(inputs[0]), size):
+        part = tuple(x[start : start + size] for x in inputs)
+        outputs = loaded.run(part)
+        quality.check(outputs, loaded.signature, len(part[0]))
+        found.append([np.array(o) for o in outputs])
+        if time.monotonic() > until or sum(o.nbytes for o in found[0]) * (len(found) + 1) > most_bytes:
+            break
+    return [np.concatenate(parts) for parts in zip(*found, strict=True)]

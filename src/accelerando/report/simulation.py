@@ -2,38 +2,31 @@
 
 from __future__ import annotations
 
-import io
 import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from accelerando.errors import MissingExtraError
 from accelerando.report import plots, words
-from accelerando.report.elements import Child, el, fine, raw, table, to_html
-from accelerando.report.page import HERE, policy
+from accelerando.report.elements import Child, el, fine, table
+from accelerando.report.page import document
+from accelerando.report.plain_text import LINES, WIDTH, plain
 from accelerando.report.sections import plot as figure
 from accelerando.report.sections import section
 
 if TYPE_CHECKING:
     from accelerando.serve.simulation import Outcome, Simulation
 
-WIDTH = 80
-LINES = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the header
 HEAD = ["policy", "on time", "quality", "effective", "missed", "sw/s", "p50", "p99"]
 OURS = "governor"
 
 
 def render(found: Simulation, width: int = WIDTH) -> str:
     """The table as plain text: no colours, no control codes."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    console.print(report(found))
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return plain(report(found), width)
 
 
 def report(found: Simulation) -> RenderableType:
@@ -65,17 +58,7 @@ def page(found: Simulation) -> str:
     Raises:
         MissingExtraError: plotly is not installed.
     """
-    scripts = [_plotly(), (HERE / "page.js").read_text("utf-8")]
     rows: list[list[Child]] = [[fine(cell) for cell in _row(found, outcome)] for outcome in found.outcomes]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", http_equiv="Content-Security-Policy", content=policy(scripts)),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("title", "accelerando: simulation"),
-        raw("style", (HERE / "page.css").read_text("utf-8")),
-    )
     lead, *facts = _about(found)
     parts = [
         section("policies", "What each policy would do", f"{lead} {' '.join(facts)}",
@@ -84,17 +67,16 @@ def page(found: Simulation) -> str:
                 *(el("p", line, class_="note") for line in _legend(found))),
         section("course", "In the course of time", "Requests as they came, and how good their answers were.",
                 figure("rate", rate(found), "Rows per second over the trace"),
-                figure("quality", course(found), "Effective quality over the trace")),
+                figure("quality", course(found), "How good the answers were over the trace")),
     ]  # fmt: skip
-    body = el("body", el("main", *parts), *(raw("script", s) for s in scripts))
-    return "<!doctype html>\n" + to_html(el("html", head, body, lang="en"))
+    return document("accelerando: simulation", el("main", *parts))
 
 
 # --- plots ------------------------------------------------------------------------------------------------------
 
 
 def plane(found: Simulation) -> plots.Figure:
-    """Missed deadlines against the quality of what was on time: up and left is better."""
+    """Missed deadlines against the quality of what was on time: up and left is better, also where less is."""
     least = 0.5 / max(o.requests for o in found.outcomes)  # where none was missed, on an axis by powers of ten
     groups = [
         ("governor", "var(--good)", "star", [o for o in found.outcomes if o.policy.startswith(OURS)]),
@@ -119,7 +101,10 @@ def plane(found: Simulation) -> plots.Figure:
         "range": [math.log10(least) - 0.15, 0.15],
         "tickvals": [least, *ticks], "ticktext": ["none", *(f"{100 * t:g} %" for t in ticks)],
     }  # fmt: skip
-    layout = {"xaxis": axis, "yaxis": {"title": {"text": f"{found.metric}, on time"}}, "hovermode": "closest"}
+    up: dict[str, Any] = {"title": {"text": f"{found.metric}, on time"}}
+    if not found.higher_is_better:
+        up["autorange"] = "reversed"
+    layout = {"xaxis": axis, "yaxis": up, "hovermode": "closest"}
     return {"data": data, "layout": layout, "height": 420}
 
 
@@ -136,8 +121,12 @@ def rate(found: Simulation) -> plots.Figure:
 
 
 def course(found: Simulation) -> plots.Figure:
-    """Effective quality of what came in each stretch of time: our best, and the two best others."""
-    ranked = sorted(found.outcomes, key=lambda o: -o.effective_quality)
+    """Effective quality of what came in each stretch of time: our best, and the two best others.
+
+    Where less of the metric is better, what of it was on time.
+    """
+    more = found.higher_is_better
+    ranked = sorted(found.outcomes, key=lambda o: -o.effective_quality if more else -o.attainment)
     ours = [o for o in ranked if o.policy.startswith(OURS)][:1]
     shown = ours + [o for o in ranked if not o.policy.startswith(OURS)][:2]
     data = [
@@ -145,20 +134,14 @@ def course(found: Simulation) -> plots.Figure:
             "type": "scatter", "mode": "lines", "name": plots.said(o.policy),
             "line": {"shape": "hv", "width": 1.5, "color": ("var(--good)", "var(--rung4)", "var(--middle)")[i % 3]},
             "x": [round(m.at, 6) for m in o.course],
-            "y": [round(m.quality, 6) if math.isfinite(m.quality) else None for m in o.course],
+            "y": [round(y, 6) if math.isfinite(y) else None
+                  for y in (m.quality if more else m.on_time for m in o.course)],
         }
         for i, o in enumerate(shown)
     ]  # fmt: skip
-    layout = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"title": {"text": f"effective {found.metric}"}}}
+    title = f"effective {found.metric}" if more else "share on time"
+    layout = {"xaxis": {"title": {"text": "seconds"}}, "yaxis": {"title": {"text": title}}}
     return {"data": data, "layout": layout, "height": 360}
-
-
-def _plotly() -> str:
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError as error:
-        raise MissingExtraError("the page needs plotly: pip install 'accelerando[optimize]'") from error
-    return str(get_plotlyjs())
 
 
 # --- words ------------------------------------------------------------------------------------------------------
@@ -196,9 +179,13 @@ def _about(found: Simulation) -> list[str]:
 
 
 def _legend(found: Simulation) -> list[str]:
+    effective = (
+        "of everything, 0 for what was not. Who knew all arrivals in advance could not have had more than "
+        f"{_quality(found, found.most_quality)}."
+        if found.higher_is_better
+        else f"none, for less {found.metric} is better: an answer that never came has no error that it could count as."
+    )
     return [
-        f"quality: {found.metric} as certified (its low end), of what was on time; effective: of everything, 0 for "
-        "what was not. Who knew all arrivals in advance could not have had more than "
-        f"{_quality(found, found.most_quality)}.",
+        f"quality: {found.metric} as certified (its worse end), of what was on time; effective: {effective}",
         "sw/s: changes of rung a second. Simulated from recorded times: no model ran.",
     ]

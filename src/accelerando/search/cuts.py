@@ -227,7 +227,7 @@ class Cuts:
         found = []
         for trial in self.history.last.values():
             front = front_of(trial.recipe)
-            if trial.evidence is None or not front or front[-1].stage is not Stage.HEAL:
+            if trial.evidence is None or not front or front[-1].stage is not Stage.HEAL or grows(front):
                 continue
             gained = math.log(max(self.speed(trial) / self.speed(self.tails[0]), 1.05))
             found.append((direction_of(front), trial.evidence.relative_drop.mid / gained))

@@ -16,6 +16,7 @@ from accelerando.goal import Goal, Outcome
 from accelerando.ladder import Ladder, Rung
 
 LATENCIES = ("latency", "p95", "p99")
+SAVINGS = 1000  # rows whose surplus of quality the bank keeps: what was saved long ago is not spent today
 
 
 def orientation(ladder: Ladder) -> int:
@@ -72,6 +73,11 @@ class Aims:
             values.get("throughput", 0.0),
             frozenset(_allowed(goal, ladder)),
         )
+
+
+def banked(bank: float, surplus: float, rows: int) -> float:
+    """What the bank of quality holds after so many rows more, of this much more quality than is asked for."""
+    return min(bank + surplus * rows, max(surplus, 0.0) * SAVINGS + max(bank, 0.0))
 
 
 def _allowed(goal: Goal, ladder: Ladder) -> Iterable[int]:

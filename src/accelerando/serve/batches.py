@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -10,7 +12,24 @@ from accelerando.errors import RowsError
 from accelerando.serve.tickets import Ticket
 from accelerando.signature import Array, Signature
 
+if TYPE_CHECKING:
+    from accelerando.serve.company import Company
+
 Run = Callable[[Sequence[Array]], list[Array]]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Requests that are to run together: on which rung of which company, and why there."""
+
+    tickets: list[Ticket]
+    company: Company
+    rung: int
+    why: str
+
+    @property
+    def rows(self) -> int:
+        return sum(t.rows for t in self.tickets)
 
 
 def joinable(signature: Signature) -> bool:

@@ -14,41 +14,24 @@ import logging
 import math
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from accelerando.errors import ClosedError, DeadlineError, OverloadedError, RowsError
+from accelerando.errors import ClosedError, DeadlineError, OverloadedError
 from accelerando.serve import batches
+from accelerando.serve.batches import Batch
 from accelerando.serve.company import Company
 from accelerando.serve.deadlines import DeadlineQueue
-from accelerando.serve.estimates import ArrivalRate, Slowdown
-from accelerando.serve.governor import GLANCE, Decides, Decision, RungState, Signal, soonest
+from accelerando.serve.footing import Footing
+from accelerando.serve.governor import GLANCE, Decides
+from accelerando.serve.salvage import Salvage, of_rows
 from accelerando.serve.status import Stand
 from accelerando.serve.tally import Tally
 from accelerando.serve.tickets import Answer, Explanation, Ticket
 from accelerando.signature import Array
 
 log = logging.getLogger(__name__)
-STANDS = 100  # latest changes of rung that are remembered
-FAILURES = 3  # in a row, of requests that another rung then answered: the rung is given up
-SAVINGS = 1000  # rows whose surplus of quality the bank keeps: what was saved long ago is not spent today
-SLOW_SECONDS = 1.0  # in which what was seen of the machine's slowness loses two thirds of its weight
-WISH_SECONDS = 0.5  # how often it is asked whether a rung that is out would have been stood on
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Requests that are to run together: on which rung of which company, and why there."""
-
-    tickets: list[Ticket]
-    company: Company
-    rung: int
-    why: str
-
-    @property
-    def rows(self) -> int:
-        return sum(t.rows for t in self.tickets)
 
 
 class Conductor:
@@ -70,19 +53,16 @@ class Conductor:
         waiting_rows: int = 10_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.tally, self.stands = Tally(), deque[Stand](maxlen=STANDS)
-        self._governor, self._cores, self._clock = governor, cores, clock
+        self.tally = Tally()
+        self._cores, self._clock = cores, clock
         self._queue = DeadlineQueue(waiting_rows)
-        self._rate, self._slowdown = ArrivalRate(), Slowdown()
-        self._last: Decision | None = None
-        self._failures: Counter[int] = Counter()
-        self._asked_wish = self._observed = -math.inf
+        self._footing = Footing(company, governor, self.tally, clock)
+        self._salvage = Salvage(cores, clock)
         self._busy_until = 0.0  # when what runs now should be done
         self._lock = threading.RLock()
         self._work, self._dead = threading.Condition(self._lock), threading.Condition(self._lock)
         self._busy = self._closing = False
         self._guarded = math.inf  # the deadline for which the second thread sleeps
-        self.conduct(company)
         self._threads = [threading.Thread(target=self._execute_all, name="accelerando-executor", daemon=True)]
         self._threads.append(threading.Thread(target=self._bury, name="accelerando-deadlines", daemon=True))
         for thread in self._threads:
@@ -92,29 +72,12 @@ class Conductor:
 
     @property
     def company(self) -> Company:
-        return self._company
+        return self._footing.company
 
     def conduct(self, company: Company) -> None:
         """Conduct another company, or the same with other aims, from the next batch on."""
         with self._lock:
-            self._company = company
-            self._bank = 0.0
-            self._seen: tuple[tuple[RungState, ...], tuple[RungState, ...]] | None = None
-
-    def _states(self) -> tuple[RungState, ...]:
-        """The rungs as the governor may see them; made anew when one was loaded or turned away.  With the lock held."""
-        raw = self._company.residents.states
-        if self._seen is None or self._seen[0] is not raw:
-            self._seen = raw, self._company.states()
-            self._company.compare_with_best()
-        return self._seen[1]
-
-    def _states_for(self, rows: int) -> tuple[RungState, ...]:
-        """The rungs, as they are for a request of so many rows, which goes piece by piece where it has too many."""
-        states = self._states()
-        if all(s.most_rows >= rows for s in states):
-            return states
-        return tuple(replace(s, most_rows=max(s.most_rows, rows)) for s in states)
+            self._footing.take(company)
 
     # --- requests come ------------------------------------------------------------------------------------------
 
@@ -130,7 +93,10 @@ class Conductor:
             ClosedError: the conductor has been closed.
         """
         if (batch := self._taken(ticket, at_once)) is not None:
-            self._serve_here(batch)
+            try:
+                self._serve(batch)
+            finally:
+                self._rest()
 
     def answer(self, ticket: Ticket) -> Answer:
         """The answer to a request whose caller waits for it; raises what `submit` does, or what became of it."""
@@ -142,32 +108,27 @@ class Conductor:
         with self._lock:
             self._admit(ticket)
             if at_once and not self._busy and not len(self._queue):
-                decision = self._decide(((ticket.deadline - ticket.arrived, ticket.rows, ticket.floor),), ticket.rows)
+                alone = (ticket.deadline - ticket.arrived, ticket.rows, ticket.floor)
+                decision = self._footing.decide((alone,), ticket.rows)
                 if decision.rung is not None:
-                    cost = self._company.residents[decision.rung].cost
+                    cost = self.company.residents[decision.rung].cost
                     if at_once == math.inf or (cost is not None and cost.seconds(ticket.rows) <= at_once):
                         self._busy = True
-                        return Batch([ticket], self._company, decision.rung, decision.why)
+                        return Batch([ticket], self.company, decision.rung, decision.why)
             self._enqueue(ticket)
             return None
-
-    def _serve_here(self, batch: Batch) -> None:
-        try:
-            self._serve(batch)
-        finally:
-            self._rest()
 
     def _admit(self, ticket: Ticket) -> None:
         """Count it as an arrival, and refuse it at once where it is lost already."""
         if self._closing:
             raise ClosedError("the model was closed; load it again")
         now = ticket.arrived
-        self._rate.observe(now, ticket.rows, waits=self._busy or len(self._queue) > 0)
+        self._footing.rate.observe(now, ticket.rows, waits=self._busy or len(self._queue) > 0)
         if ticket.deadline == math.inf:
             return
         ahead = self._queue.rows_before(ticket.priority, ticket.deadline)
         busy = max(self._busy_until - now, 0.0) if self._busy else 0.0
-        needed = soonest(self._states_for(ticket.rows), ticket.rows, ahead, busy, self._slowness(now), ticket.floor)
+        needed = self._footing.soonest(ticket, ahead, busy)
         if now + needed > ticket.deadline:
             self.tally.turned_away("refused", ticket.rows)
             if needed == math.inf:
@@ -195,19 +156,12 @@ class Conductor:
             if self._queue.remove(ticket):
                 self.tally.turned_away("cancelled", ticket.rows)
 
-    def _slowness(self, now: float) -> float:
-        """How much slower than usual calls are, as far as is known: what was seen fades while nothing runs.
-
-        Else a machine that was slow once would be thought so for ever, for nothing is admitted that could tell.
-        """
-        return float(self._slowdown.factor() ** math.exp(-(now - self._observed) / SLOW_SECONDS))
-
     # --- requests are answered ----------------------------------------------------------------------------------
 
     def _execute_all(self) -> None:
         while True:
             with self._lock:
-                while self._busy or not (len(self._queue) or self._closing or self._company.may_audit()):
+                while self._busy or not (len(self._queue) or self._closing or self.company.may_audit()):
                     self._work.wait()
                 if not len(self._queue) and self._closing:
                     self._dead.notify_all()  # whose thread ends with this one
@@ -221,12 +175,12 @@ class Conductor:
                 if batch is not None:
                     self._serve(batch)
                 elif audit:
-                    self._look()
+                    self.company.audit(self._cores)
             except Exception as error:  # the executor outlives whatever it meets, or nobody is answered any more
                 log.exception("an error of the executor's own")
                 for ticket in batch.tickets if batch else ():
                     if not ticket.future.done():
-                        ticket.future.set_exception(_of_rows(error))
+                        ticket.future.set_exception(of_rows(error))
             finally:
                 self._rest()
 
@@ -234,7 +188,7 @@ class Conductor:
         """What ran is done: whoever waits for the cores may go on."""
         with self._lock:
             self._busy = False
-            if len(self._queue) or self._closing or self._company.may_audit():
+            if len(self._queue) or self._closing or self.company.may_audit():
                 self._work.notify()
 
     def _next(self) -> tuple[Batch | None, list[tuple[Ticket, str, Exception]]]:
@@ -244,33 +198,13 @@ class Conductor:
         head = self._queue.head()
         if head is None:
             return None, lost
-        decision = self._decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
+        decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
         if decision.rung is None:
             self._queue.remove(head)
             return None, [*lost, (head, "refused", OverloadedError(f"it was refused: {decision.why}"))]
-        state = next(s for s in self._states() if s.number == decision.rung)
+        state = next(s for s in self._footing.states() if s.number == decision.rung)
         tickets = self._queue.take(decision.rows, state.quality)
-        return Batch(tickets, self._company, decision.rung, decision.why), lost
-
-    def _decide(self, queue: tuple[tuple[float, int, float], ...], rows: int) -> Decision:
-        now, aims = self._clock(), self._company.aims
-        signal = Signal(
-            now, rows, queue, self._rate.pressing(now), self._slowness(now), aims.patience,
-            math.inf if aims.quality == -math.inf else self._bank, aims.quality,
-        )  # fmt: skip
-        decision = self._governor.decide(self._last, signal, self._states_for(queue[0][1]))
-        if decision.rung is not None:
-            if self._last is None or self._last.rung != decision.rung:
-                self.tally.switches += self._last is not None
-                self.stands.append(Stand(time.time(), decision.rung, decision.why))
-            self._last = decision
-        if self._company.residents.cap is not None and now - self._asked_wish > WISH_SECONDS:
-            self._asked_wish = now
-            dreamt = tuple(replace(s, ready=s.ready or s.number in aims.rungs) for s in self._states())
-            wished = self._governor.decide(self._last, signal, dreamt).rung
-            if wished is not None:
-                self._company.residents.missed(wished, now)
-        return decision
+        return Batch(tickets, self.company, decision.rung, decision.why), lost
 
     def _serve(self, batch: Batch) -> None:
         """Run one batch, and answer each of its requests."""
@@ -291,58 +225,35 @@ class Conductor:
                 failure = error
             end = self._clock()
         if failure is not None:
-            self._serve_alone(batch, failure)
+            self._save(batch, failure)
             return
-        self._failures[batch.rung] = 0
+        self._salvage.succeeded(batch.rung)
         with self._lock:
-            self._slowdown.observe(expected, end - start)
-            self._observed = end
+            self._footing.ran(expected, start, end)
             self.tally.worked(start, end)
             self.tally.batches += 1
         self._deliver(batch, answers, start, end)
 
-    def _serve_alone(self, batch: Batch, failure: Exception) -> None:
-        """A batch failed: each request by itself, on its rung and then on another; only what is poisonous fails."""
+    def _save(self, batch: Batch, failure: Exception) -> None:
+        """A batch failed: what can be saved of it is, and only what is poisonous fails."""
         with self._lock:
-            company = self._company
-            ready = [s.number for s in self._states() if s.ready]
-        ready.sort(key=lambda n: n != batch.rung)  # its own first: its process may have died of something else
-        for ticket in batch.tickets:
-            for number in ready[:2]:
-                start = self._clock()
-                try:
-                    with self._cores:
-                        answers = company.run(number, ticket.leaves)
-                except Exception as error:  # noqa: BLE001  as above
-                    failure = error
-                    continue
-                why = f"rung {batch.rung} failed on its batch: {failure}"
-                self._deliver(Batch([ticket], company, number, why), [answers], start, self._clock())
-                if number != batch.rung and company is batch.company:
-                    self._blame(company, batch.rung, failure)
-                break
+            company = self.company
+            ready = [s.number for s in self._footing.states() if s.ready]
+        for saved in self._salvage.each(batch, failure, company, ready):
+            if saved.error is None:
+                alone = Batch([saved.ticket], company, saved.rung, saved.why)
+                self._deliver(alone, [saved.answers], saved.start, saved.end)
             else:
                 with self._lock:
-                    self.tally.turned_away("failed", ticket.rows)
-                ticket.future.set_exception(_of_rows(failure))
-
-    def _blame(self, company: Company, number: int, failure: Exception) -> None:
-        """A rung failed where another answered; too often in a row, and it is given up."""
-        self._failures[number] += 1
-        if self._failures[number] >= FAILURES:
-            why = f"it failed {FAILURES} times in a row: {failure}"
-            log.warning("given up", extra={"rung": number, "reason": why})
-            company.residents.turn_away(number, "failed", why)
+                    self.tally.turned_away("failed", saved.ticket.rows)
+                saved.ticket.future.set_exception(saved.error)
 
     def _deliver(self, batch: Batch, answers: Sequence[list[Array]], start: float, end: float) -> None:
         company, number, rows = batch.company, batch.rung, batch.rows
         resident = company.residents[number]
         quality = company.residents.promise(number)
         with self._lock:
-            if company.aims.quality > -math.inf:
-                surplus = quality - company.aims.quality
-                most = max(surplus, 0.0) * SAVINGS + max(self._bank, 0.0)
-                self._bank = min(self._bank + surplus * rows, most)
+            self._footing.answered(quality, company.aims.quality, rows)
             for ticket in batch.tickets:
                 queued, late = start - ticket.arrived, end > ticket.deadline
                 self.tally.answered(number, quality, ticket.rows, queued, end - start, late)
@@ -353,16 +264,6 @@ class Conductor:
             )  # fmt: skip
             company.note(ticket, leaves, number)
             ticket.future.set_result(Answer(leaves, why))
-
-    # --- between requests ---------------------------------------------------------------------------------------
-
-    def _look(self) -> None:
-        """Ask the best rung what another was asked; one whose answers agree too seldom is quarantined."""
-        company = self._company
-        found = company.audit(self._cores)
-        if found is not None and found.quarantine:
-            log.warning("quarantined", extra={"rung": found.rung, "reason": found.why})
-            company.residents.turn_away(found.rung, "quarantined", found.why)
 
     def _bury(self) -> None:
         """Fail each request as soon as its deadline has passed, whatever the executor does."""
@@ -394,19 +295,21 @@ class Conductor:
         return self._queue.rows
 
     @property
+    def stands(self) -> deque[Stand]:
+        """The latest changes of rung, oldest first."""
+        return self._footing.stands
+
+    @property
     def standing(self) -> int:
         """The rung that is stood on; before the first request, the best that is ready."""
         with self._lock:
-            if self._last is not None and self._last.rung is not None:
-                return self._last.rung
-            ready = [s for s in self._states() if s.ready]
-            return max(ready, key=lambda s: s.quality).number if ready else 0
+            return self._footing.standing
 
     def figures(self) -> tuple[float, float, float]:
         """Rows that arrive per second, slow-down, utilisation: now."""
         with self._lock:
             now = self._clock()
-            return self._rate.at(now), self._slowness(now), self.tally.utilisation(now)
+            return self._footing.rate.at(now), self._footing.slowness(now), self.tally.utilisation(now)
 
     def close(self) -> None:
         """Take no more requests, answer those that were accepted, and end the threads."""
@@ -421,9 +324,3 @@ class Conductor:
 
 def _expired() -> DeadlineError:
     return DeadlineError("its deadline passed while it waited; nothing was computed")
-
-
-def _of_rows(failure: Exception) -> Exception:
-    if isinstance(failure, RowsError):
-        return failure
-    return RowsError(f"the model failed on it: {type(failure).__name__}: {failure}")

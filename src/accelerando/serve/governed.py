@@ -3,58 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
-import sys
 import threading
-import time
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerando.bundle import Bundle
-from accelerando.errors import ClosedError, DataError, DeadlineError, UsageError
+from accelerando.errors import ClosedError, UsageError
 from accelerando.goal import Goal
-from accelerando.goal_text import BYTES, TIME, amount
-from accelerando.ladder import Ladder, Rung
-from accelerando.recipe import Runner
-from accelerando.serve.aims import Aims, orientation, promise
-from accelerando.serve.company import Company
+from accelerando.goal_text import BYTES, amount
+from accelerando.serve import reception
+from accelerando.serve.account import status_of
+from accelerando.serve.aims import Aims
+from accelerando.serve.company import Terms, assemble
 from accelerando.serve.conductor import Conductor
 from accelerando.serve.governor import PRESETS, Decides
-from accelerando.serve.isolation import Apart
-from accelerando.serve.residents import Residents
-from accelerando.serve.runtime import MachineWarning, array_of, check_axes, fit, tensor_of
-from accelerando.serve.status import RungStatus, Status
-from accelerando.serve.tickets import Answer, Explanation, Ticket
+from accelerando.serve.runtime import MachineWarning
+from accelerando.serve.status import Status
+from accelerando.serve.tickets import Explanation, Ticket
 from accelerando.signature import Array, Signature
-
-if TYPE_CHECKING:
-    from accelerando.serve.drift import Drift
-    from accelerando.serve.watch import Watch
-
 
 # Seconds: what takes less is computed where it was asked, for an event loop is not held up by it, and what else a
 # request costs is more, so that load is not hidden from the governor.
 AT_ONCE = 1e-4
-
-
-@dataclass(frozen=True)
-class Terms:
-    """How a bundle is to be run: what `update` keeps."""
-
-    governor: Decides
-    memory: int | None
-    most_rows: int
-    waiting_rows: int
-    audit: float
-    isolated: bool
-    model: Any
-    name: str
 
 
 class GovernedModel:
@@ -73,34 +49,9 @@ class GovernedModel:
         self._pid = os.getpid()
         self._cores = threading.Lock()
         self._signature = bundle.signature
-        company = self._company(bundle, 1)
+        company = assemble(bundle, self._goal, self._terms, self._cores, 1)
         self._conductor = Conductor(company, self._terms.governor, self._cores, self._terms.waiting_rows)
         self._finalize = weakref.finalize(self, _end, self._conductor)  # also when the program ends
-
-    def _company(self, bundle: Bundle, version: int) -> Company:
-        """The loaded rungs of a bundle."""
-        terms = self._terms
-        apart = Apart(bundle.path) if terms.isolated else None
-
-        def start(rung: Rung) -> Runner:
-            if apart is not None:
-                return apart.start(rung)
-            return bundle.start(rung, terms.model, spinning=False)
-
-        def end() -> None:
-            residents.close()
-            if apart is not None:
-                apart.close()
-
-        pid = apart.pid if apart is not None else os.getpid
-        residents = Residents(bundle, start, self._cores, terms.memory, terms.most_rows, pid)
-        aims = Aims.of(self._goal, bundle.ladder)
-        try:
-            residents.begin(_order(residents, aims))
-        except BaseException:
-            end()
-            raise
-        return Company(residents, aims, *_watch(bundle, terms.audit), version, end)
 
     # --- what is asked ------------------------------------------------------------------------------------------
 
@@ -161,16 +112,16 @@ class GovernedModel:
     def explain(self, *args: Any, deadline: str | float | None = None, **kwargs: Any) -> tuple[Any, Explanation]:
         """The answer, and how it came about: the rung, its certified quality, the times, the batch, the reason."""
         conductor = self._alive()
-        ticket, tensors = self._ticket(args, kwargs, deadline)
+        ticket, tensors = reception.of_call(conductor.company, args, kwargs, deadline)
         answer = conductor.answer(ticket)
-        return self._shaped(answer, tensors), answer.why
+        return reception.shaped(self._signature, answer, tensors), answer.why
 
     async def infer(self, *args: Any, deadline: str | float | None = None, **kwargs: Any) -> Any:
         """The answer, awaited; a task that is cancelled takes its request out of the queue."""
         conductor = self._alive()
-        ticket, tensors = self._ticket(args, kwargs, deadline)
+        ticket, tensors = reception.of_call(conductor.company, args, kwargs, deadline)
         conductor.submit(ticket, 0.0 if self._terms.isolated else AT_ONCE)
-        return self._shaped(await asyncio.wrap_future(ticket.future), tensors)
+        return reception.shaped(self._signature, await asyncio.wrap_future(ticket.future), tensors)
 
     def submit(
         self,
@@ -182,56 +133,9 @@ class GovernedModel:
     ) -> Ticket:
         """Put a request of flat inputs into the queue; see `server.repository.Served.submit`."""
         conductor = self._alive()
-        ports = self._signature.inputs
-        if len(leaves) != len(ports):
-            raise DataError(f"{len(leaves)} inputs were given, but the model takes {', '.join(map(str, ports))}")
-        fitted = [fit(leaf, port) for leaf, port in zip(leaves, ports, strict=True)]
-        check_axes(fitted, ports)
-        ticket = self._of_leaves(fitted, seconds, min_quality, priority)
+        ticket = reception.of_leaves(conductor.company, leaves, seconds, min_quality, priority)
         conductor.submit(ticket, 0.0 if self._terms.isolated else AT_ONCE)
         return ticket
-
-    def _ticket(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline: str | float | None
-    ) -> tuple[Ticket, Sequence[Any]]:
-        """The request of a call, and the tensors among what was given."""
-        given = self._signature.bind(args, kwargs)
-        torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
-        tensors = [x for x in given if isinstance(x, torch.Tensor)] if torch else []
-        arrays = [array_of(torch, x) for x in given] if tensors else given
-        leaves = [fit(x, port) for x, port in zip(arrays, self._signature.inputs, strict=True)]
-        check_axes(leaves, self._signature.inputs)
-        return self._of_leaves(leaves, _seconds(deadline)), tensors
-
-    def _of_leaves(
-        self, leaves: Sequence[Array], seconds: float | None, min_quality: float | None = None, priority: int = 0
-    ) -> Ticket:
-        rows = len(leaves[0]) if leaves and leaves[0].ndim else 1
-        if rows == 0:
-            raise DataError("a batch of no rows was given; give at least one")
-        if seconds is not None and not seconds > 0:
-            raise DeadlineError(f"the deadline was {seconds:g} s from now: it has passed; give more than 0")
-        company = self._conductor.company
-        now = time.monotonic()
-        patience = company.aims.patience if seconds is None else seconds
-        ladder = company.residents.bundle.ladder
-        floor = -math.inf if min_quality is None else self._floor(ladder, min_quality)
-        return Ticket(leaves, rows, now, now + patience, floor, priority)
-
-    @staticmethod
-    def _floor(ladder: Ladder, quality: float) -> float:
-        """A wanted quality, oriented; one that no rung promises is a mistake, not a matter of load."""
-        floor = orientation(ladder) * quality
-        if floor > (best := max(promise(rung, ladder) for rung in ladder)):
-            promised = orientation(ladder) * best
-            raise DataError(f"a quality of {quality:g} was asked for, but no rung promises better than {promised:.4g}")
-        return floor
-
-    def _shaped(self, answer: Answer, tensors: Sequence[Any]) -> Any:
-        leaves: list[Any] = answer.leaves
-        if tensors:
-            leaves = [tensor_of(sys.modules["torch"], x, tensors[0].device) for x in leaves]
-        return self._signature.answer(leaves)
 
     # --- change -------------------------------------------------------------------------------------------------
 
@@ -250,7 +154,7 @@ class GovernedModel:
             )
         with self._changing:
             old = self._alive().company
-            self._conductor.conduct(self._company(bundle, old.version + 1))
+            self._conductor.conduct(assemble(bundle, self._goal, self._terms, self._cores, old.version + 1))
         old.end()
 
     def close(self) -> None:
@@ -273,51 +177,7 @@ class GovernedModel:
 
     def status(self) -> Status:
         """What it tells about itself: plain data."""
-        conductor = self._conductor
-        company, tally = conductor.company, conductor.tally
-        residents, bundle = company.residents, company.residents.bundle
-        rate, slowdown, utilisation = conductor.figures()
-        requests = tally.requests
-        return Status(
-            name=self._terms.name,
-            version=company.version,
-            goal=str(company.aims.goal),
-            metric=bundle.ladder.original.evidence.metric,
-            rungs=tuple(self._rung_status(company, number) for number in range(len(bundle.ladder))),
-            standing=conductor.standing,
-            stands=tuple(conductor.stands),
-            queue_rows=conductor.waiting_rows,
-            rate=rate,
-            slowdown=slowdown,
-            utilisation=utilisation,
-            rows=tally.rows,
-            answered=requests["answered"],
-            late=requests["late"],
-            refused=requests["refused"],
-            expired=requests["expired"],
-            failed=requests["failed"],
-            cancelled=requests["cancelled"],
-            switches=tally.switches,
-            attainment=tally.attainment,
-            effective_quality=tally.effective_quality * orientation(bundle.ladder),
-            queued=tally.queued,
-            computed=tally.computed,
-            memory_bytes=residents.memory,
-            memory_cap=residents.cap,
-            audited=company.watch.audited if company.watch else 0,
-            batches=tally.batches,
-            latest=tally.latest,
-            drift=company.drift.findings if company.drift else (),
-        )
-
-    def _rung_status(self, company: Company, number: int) -> RungStatus:
-        residents, resident = company.residents, company.residents[number]
-        state = next((s for s in residents.states if s.number == number), None)
-        return RungStatus(
-            number, resident.text, resident.state, resident.why, resident.rung.quality, resident.rung.drop,
-            resident.rung.speedup, state.seconds(1) if state else 0.0, residents.bytes_of(number),
-            self._conductor.tally.rows_of[number], company.watch.agreement(number) if company.watch else None,
-        )  # fmt: skip
+        return status_of(self._terms.name, self._conductor)
 
     def __enter__(self) -> GovernedModel:
         return self
@@ -409,24 +269,3 @@ def govern(
 def _end(conductor: Conductor) -> None:
     conductor.close()
     conductor.company.end()
-
-
-def _watch(bundle: Bundle, share: float) -> tuple[Watch | None, Drift | None]:
-    """Who looks at a share of the answers, and at the inputs."""
-    if share == 0:
-        return None, None
-    from accelerando.serve.drift import Drift
-    from accelerando.serve.watch import Watch
-
-    parity = bundle.parity
-    return Watch(bundle, share), Drift(bundle.signature.inputs, parity.inputs if parity else None)
-
-
-def _order(residents: Residents, aims: Aims) -> list[int]:
-    """The fastest, for bursts; then the best of those that the goal allows; the others by quality."""
-    rest = sorted(range(len(residents.bundle.ladder) - 1), key=lambda n: (n not in aims.rungs, n))
-    return [len(residents.bundle.ladder) - 1, *rest]
-
-
-def _seconds(deadline: str | float | None) -> float | None:
-    return None if deadline is None else amount(deadline, TIME, "deadline")

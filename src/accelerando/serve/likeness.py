@@ -24,7 +24,7 @@ from accelerando.trial import Evidence
 RIGHT_OR_WRONG = ("accuracy", "accuracy-at-half", "f1", "mean-iou")
 ERRORS = ("mae", "mse", "rmse", "r2")
 SPREADS = 2.0  # standard deviations of the stored answers: errors as large as that count as nothing alike
-MANY_ROWS = 30  # so many stored rows are asked even where the scores promise something
+MANY_ROWS = 30  # so many stored answers are asked even where the scores promise something
 SAME_SAMPLES = 0.99  # of the original's scores must be the same in two duels, or their samples are not the same
 
 
@@ -76,7 +76,7 @@ class Likeness:
             Promise(least_mean(values, miss), grounds)
             for values, grounds, wanted in (
                 (seen, f"{0 if seen is None else len(seen)} samples of the {split} split", True),
-                (stored, f"{0 if stored is None else len(stored)} stored rows", many or seen is None),
+                (stored, f"{0 if stored is None else len(stored)} stored answers", many or seen is None),
             )
             if values is not None and len(values) and wanted
         ]
@@ -94,23 +94,26 @@ class Likeness:
 
     def _by_stored_rows(self, rung: int, reference: int) -> Floats | None:
         """How alike the stored answers are, (n,)."""
-        if self._parity is None:
-            return None
-        rungs = self._bundle.ladder.rungs
-        ours, theirs = (self._parity.rungs.get(rungs[number].recipe.key) for number in (rung, reference))
-        if ours is None or theirs is None:
+        ours, theirs = self._stored(rung), self._stored(reference)
+        return None if ours is None or theirs is None else self(ours, theirs)
+
+    def _stored(self, rung: int) -> list[Array] | None:
+        """A rung's stored answers to different rows: those that are stored too, and those that are not."""
+        key = self._bundle.ladder.rungs[rung].recipe.key
+        if self._parity is None or key not in self._parity.rungs:
             return None
         distinct = _distinct(self._parity.inputs)
-        return self([x[distinct] for x in ours], [x[distinct] for x in theirs])
+        first, further = [x[distinct] for x in self._parity.rungs[key]], self._parity.further.get(key)
+        return first if further is None else [np.concatenate(pair) for pair in zip(first, further, strict=True)]
 
     def _primary(self, leaves: Sequence[Array]) -> Array:
         return primary(self._bundle.signature.answer(leaves))
 
     def _stored_size(self) -> float:
         """How much the original's stored answers vary; 0 where that is not known."""
-        if self._parity is None or self._metric not in ERRORS or not self._parity.original:
+        if self._metric not in ERRORS or (answers := self._stored(0)) is None:
             return 0.0
-        stored = self._primary(self._parity.original).astype(np.float64)
+        stored = self._primary(answers).astype(np.float64)
         return SPREADS * float(np.sqrt(((stored - stored.mean(axis=0)) ** 2).mean()))
 
     def _comparison(self) -> Callable[[Array, Array], Floats]:

@@ -19,8 +19,7 @@ from accelerando.bundle import Bundle
 from accelerando.errors import UsageError
 from accelerando.goal import Goal
 from accelerando.interval import Floats
-from accelerando.serve.aims import Aims, orientation, promise, promised_by_original
-from accelerando.serve.conductor import SAVINGS
+from accelerando.serve.aims import Aims, banked, promise
 from accelerando.serve.costs import tail
 from accelerando.serve.estimates import ArrivalRate, Slowdown
 from accelerando.serve.governor import GLANCE, Decision, RungState, Signal, soonest
@@ -57,21 +56,23 @@ class Terms:
 class Moment:
     """A stretch of the time: when it begins, rows that came in it a second, and how they fared.
 
-    `quality` is the effective one of those rows (0 for what was not on time).
+    `on_time` is the share of those rows that were answered on time, `quality` their effective one (0 for the others).
     """
 
     at: float
     rate: float
+    on_time: float
     quality: float
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a policy fared.  Counts are of requests; qualities are means over rows.
+    """How a policy fared.  Counts are of requests; qualities are means over rows, in the metric's own unit.
 
     Args:
         late: answered after their deadline; `refused` before anything was computed, `expired` while they waited.
-        quality: of what was answered on time; `effective_quality` over everything, 0 for what was not.
+        quality: of what was answered on time; `effective_quality` over everything, 0 for what was not; NaN where less
+            of the metric is better, for an answer that never came has no error that it could count as.
         p50, p99: seconds from arrival to answer, of what was answered.
         utilisation: share of the time in which something ran.
         shares: of the rows that were answered, by the number of the rung that did.
@@ -105,7 +106,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A trace, what was asked, how each policy fared, and the most that any could have reached."""
+    """A trace, what was asked, how each policy fared, and the most effective quality that any could have reached."""
 
     trace: Trace
     terms: Terms
@@ -113,6 +114,7 @@ class Simulation:
     outcomes: tuple[Outcome, ...]
     most_quality: float
     metric: str = "quality"
+    higher_is_better: bool = True
 
 
 def simulate(
@@ -124,14 +126,16 @@ def simulate(
     times: Sequence[Floats] | None = None,
     seed: int = 0,
     metric: str = "quality",
+    higher_is_better: bool = True,
 ) -> Simulation:
     """Replay a trace with each policy.
 
     Args:
+        rungs: their qualities oriented, so that greater is better: below 0 where the metric is an error.
         entrants: the policies; the `usual` ones, without it.
         times: for each rung, what calls took as multiples of its usual time, to be drawn from; all 1 without it.
         seed: of the draws; all policies meet the same luck, call by call.
-        metric: the quality's name.
+        metric: the quality's name, and whether higher values of it are better.
 
     Raises:
         UsageError: there is no rung, or not as many `times`.
@@ -148,7 +152,10 @@ def simulate(
     }
     entrants = usual(rungs) if entrants is None else tuple(entrants)
     outcomes = tuple(_Replay(rungs, trace, terms, entrant, luck).run() for entrant in entrants)
-    return Simulation(trace, terms, rungs, outcomes, clairvoyant(rungs, trace, terms.patience), metric)
+    if higher_is_better:
+        return Simulation(trace, terms, rungs, outcomes, clairvoyant(rungs, trace, terms.patience), metric)
+    outcomes = tuple(_of_errors(outcome) for outcome in outcomes)
+    return Simulation(trace, terms, rungs, outcomes, math.nan, metric, higher_is_better)
 
 
 def simulate_bundle(
@@ -176,14 +183,12 @@ def simulate_bundle(
     may = [r.number in aims.rungs and r.seconds(r.most_rows) * aims.least_rate <= r.most_rows for r in rungs]
     kept = [(r, t) for r, t, yes in zip(rungs, recorded_times(bundle), may, strict=True) if yes or not any(may)]
     states, times = zip(*kept, strict=True)
-    metric, asked_quality = bundle.ladder.original.evidence.metric, aims.quality
-    if orientation(bundle.ladder) < 0:  # 0 for a late answer must be bad: count shares of the original's quality
-        best, metric = promised_by_original(bundle.ladder), f"{metric}, of the original's"
-        states = tuple(replace(r, quality=_share(r.quality, best)) for r in states)
-        asked_quality = _share(asked_quality, best)
+    judged = bundle.ladder.original.evidence
     found = trace if isinstance(trace, Trace) else find(trace)
-    terms = Terms(aims.patience, asked=asked_quality)
-    return simulate(states, found, terms, times=times, seed=seed, metric=metric)
+    return simulate(
+        states, found, Terms(aims.patience, asked=aims.quality), times=times, seed=seed, metric=judged.metric,
+        higher_is_better=judged.higher_is_better,
+    )  # fmt: skip
 
 
 def rung_states(bundle: Bundle) -> tuple[RungState, ...]:
@@ -209,9 +214,10 @@ def recorded_times(bundle: Bundle) -> tuple[Floats, ...]:
     return tuple(rung.evidence.seconds / rung.evidence.latency().mid for rung in bundle.ladder)
 
 
-def _share(quality: float, original: float) -> float:
-    """How good a quality is where lower is better (both are below 0), the original's being 1."""
-    return original / quality if quality > -math.inf and quality < 0 and original < 0 else -math.inf
+def _of_errors(outcome: Outcome) -> Outcome:
+    """An outcome whose qualities are errors with their sign turned, told in the metric's own unit."""
+    course = tuple(replace(moment, quality=math.nan) for moment in outcome.course)
+    return replace(outcome, quality=-outcome.quality, effective_quality=math.nan, course=course)
 
 
 class _Replay:
@@ -313,8 +319,7 @@ class _Replay:
         self.took.append(took)
         self.answered[rung.number] += rows
         if self.terms.asked > -math.inf:
-            surplus = rung.quality - self.terms.asked
-            self.bank = min(self.bank + surplus * rows, max(surplus, 0.0) * SAVINGS + max(self.bank, 0.0))
+            self.bank = banked(self.bank, rung.quality - self.terms.asked, rows)
         if took <= self.terms.patience:
             self.timely[request], self.earned[request] = True, rung.quality
         else:
@@ -348,8 +353,9 @@ class _Replay:
         where = np.clip(np.searchsorted(edges, self.trace.arrivals, side="right") - 1, 0, len(edges) - 2)
         rows = np.bincount(where, self.trace.rows, len(edges) - 1)
         quality = np.bincount(where, self.earned * self.trace.rows, len(edges) - 1)
+        timely = np.bincount(where, self.timely * self.trace.rows, len(edges) - 1)
         width = edges[1] - edges[0]
         return tuple(
-            Moment(float(at), float(n / width), float(q / n) if n else math.nan)
-            for at, n, q in zip(edges, rows, quality, strict=False)
+            Moment(float(at), float(n / width), float(on_time / n) if n else math.nan, float(q / n) if n else math.nan)
+            for at, n, on_time, q in zip(edges, rows, timely, quality, strict=False)
         )

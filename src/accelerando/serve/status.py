@@ -68,7 +68,8 @@ class Status:
         answered, late, refused, expired, failed, cancelled: `late` ones are among the answered; `refused` at once, for
             they could not have been in time; `expired` while they waited.
         attainment: share of the requests that were answered in time, of all.
-        effective_quality: the mean over all rows of the certified quality, 0 for those that were not answered in time.
+        effective_quality: the mean over all rows of the certified quality, 0 for those that were not answered in time;
+            NaN where less of the metric is better, for an answer that never came has no error that it could count as.
         queued, computed: seconds.
         memory_bytes: held by the loaded rungs; `memory_cap` what they may hold, None where there is no cap.
         drift: what of the inputs has drifted, in words; empty where nothing has.

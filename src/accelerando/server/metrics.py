@@ -7,6 +7,7 @@ lists; a recipe's name is the label of one `_info` series for each rung.
 
 from __future__ import annotations
 
+import math
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -42,7 +43,7 @@ GAUGES: tuple[tuple[str, str, Figure], ...] = (
     (
         "effective_quality",
         "Mean over all rows of the certified quality, 0 for those not answered in time.",
-        lambda s: s.effective_quality,
+        lambda s: None if math.isnan(s.effective_quality) else s.effective_quality,
     ),
     ("memory_bytes", "Memory that the loaded rungs hold.", lambda s: s.memory_bytes),
     ("memory_cap_bytes", "Memory that they may hold; absent where there is no cap.", lambda s: s.memory_cap),

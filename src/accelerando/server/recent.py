@@ -6,6 +6,7 @@ statuses tells it, so nothing is counted twice and the hot path has nothing to d
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -62,7 +63,8 @@ class Recent:
         requests: that came to an end, but for those that their caller cancelled; `in_time` were answered in time.
         late, refused, expired, failed: the others, each in one of these.
         rows: per second, that were answered.
-        quality: mean over all rows of the certified quality, 0 for those not answered in time; None without rows.
+        quality: mean over all rows of the certified quality, 0 for those not answered in time; None without rows, and
+            where less of the metric is better.
         answers: certified quality of the rows that were answered, mean over them; None where none was.
         drop: likewise.
         queued, computed: seconds.
@@ -95,7 +97,7 @@ def compare(before: Status, after: Status, seconds: float) -> Recent:
     late, refused, expired, failed = (more[name] for name in ("late", "refused", "expired", "failed"))
     answered = _answered(before, after)
     quality = None
-    if more["rows"]:  # the mean times the count is the sum, and sums subtract
+    if more["rows"] and not math.isnan(after.effective_quality):  # the mean times the count is the sum, and sums subtract
         quality = (after.effective_quality * after.rows - before.effective_quality * before.rows) / more["rows"]
     return Recent(
         seconds=seconds,

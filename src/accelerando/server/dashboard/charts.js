@@ -16,7 +16,8 @@ const CHARTS = [
   { key: "share", title: "Requests in time", spell: share, axis: share,
     lines: [["share", "in time", "--good"]], span: (low) => [Math.max(0, Math.min(low, 0.98) - 0.005), 1.0005], bound: (m) => m.goal.needed },
   { key: "quality", title: "Quality of all answers, 0 for missed ones", spell: quality, axis: (x) => `${Number(x.toPrecision(4))}`,
-    lines: [["quality", "effective quality", "--rung3"]], span: (low, high) => padded(low, high) },
+    lines: [["quality", "effective quality", "--rung3"]], span: (low, high) => padded(low, high),
+    applies: (m) => m.status.effective_quality !== null }, // missed answers have no error, where less is better
   { key: "latency", title: "Latency", spell: seconds, axis: (x) => seconds(x), log: true,
     lines: [["computed50", "computing, p50", "--accent"], ["computed99", "computing, p99", "--rung4"], ["queued99", "waiting, p99", "--middle", true]],
     span: (low, high) => [0.7 * Math.max(low, 1e-5), Math.max(1.5 * high, 2e-5)], bound: (m) => bound(m, ["latency", "p95", "p99"]) },
@@ -45,6 +46,7 @@ export const show = (given, columns, points, window) => {
   const now = points.length ? points[points.length - 1][0] : Date.now() / 1000;
   const times = points.map((p) => p[0]);
   for (const one of plots) {
+    one.figure.hidden = Boolean(one.chart.applies && !one.chart.applies(model));
     const data = table(one.chart, columns, points, times);
     one.limits = [Math.max(now - window, Math.min(now - LEAST, times.length ? times[0] : now)), now];
     one.plot.setData(data);

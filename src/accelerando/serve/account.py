@@ -1,0 +1,59 @@
+"""What a governed model tells about itself, gathered from those who know."""
+
+from __future__ import annotations
+
+import math
+
+from accelerando.serve.aims import orientation
+from accelerando.serve.conductor import Conductor
+from accelerando.serve.status import RungStatus, Status
+
+
+def status_of(name: str, conductor: Conductor) -> Status:
+    """A model of this name, as it is now: plain data."""
+    company, tally = conductor.company, conductor.tally
+    residents, bundle = company.residents, company.residents.bundle
+    rate, slowdown, utilisation = conductor.figures()
+    requests = tally.requests
+    return Status(
+        name=name,
+        version=company.version,
+        goal=str(company.aims.goal),
+        metric=bundle.ladder.original.evidence.metric,
+        rungs=tuple(_rung(conductor, number) for number in range(len(bundle.ladder))),
+        standing=conductor.standing,
+        stands=tuple(conductor.stands),
+        queue_rows=conductor.waiting_rows,
+        rate=rate,
+        slowdown=slowdown,
+        utilisation=utilisation,
+        rows=tally.rows,
+        answered=requests["answered"],
+        late=requests["late"],
+        refused=requests["refused"],
+        expired=requests["expired"],
+        failed=requests["failed"],
+        cancelled=requests["cancelled"],
+        switches=tally.switches,
+        attainment=tally.attainment,
+        effective_quality=tally.effective_quality if orientation(bundle.ladder) > 0 else math.nan,
+        queued=tally.queued,
+        computed=tally.computed,
+        memory_bytes=residents.memory,
+        memory_cap=residents.cap,
+        audited=company.watch.audited if company.watch else 0,
+        batches=tally.batches,
+        latest=tally.latest,
+        drift=company.drift.findings if company.drift else (),
+    )
+
+
+def _rung(conductor: Conductor, number: int) -> RungStatus:
+    company = conductor.company
+    residents, resident = company.residents, company.residents[number]
+    state = next((s for s in residents.states if s.number == number), None)
+    return RungStatus(
+        number, resident.text, resident.state, resident.why, resident.rung.quality, resident.rung.drop,
+        resident.rung.speedup, state.seconds(1) if state else 0.0, residents.bytes_of(number),
+        conductor.tally.rows_of[number], company.watch.agreement(number) if company.watch else None,
+    )  # fmt: skip

@@ -1,0 +1,90 @@
+"""What a caller gives becomes a request, and its answer what the model itself would have given."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from accelerando.errors import DataError, DeadlineError
+from accelerando.goal_text import TIME, amount
+from accelerando.ladder import Ladder
+from accelerando.serve.aims import orientation, promise
+from accelerando.serve.company import Company
+from accelerando.serve.runtime import array_of, check_axes, fit, tensor_of
+from accelerando.serve.tickets import Answer, Ticket
+from accelerando.signature import Array, Signature
+
+
+def of_call(
+    company: Company, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline: str | float | None
+) -> tuple[Ticket, Sequence[Any]]:
+    """The request of a call, and the tensors among what was given.
+
+    Raises:
+        DataError: the arguments are not those of the model.
+        DeadlineError: the deadline has passed.
+    """
+    signature = company.residents.bundle.signature
+    given = signature.bind(args, kwargs)
+    torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
+    tensors = [x for x in given if isinstance(x, torch.Tensor)] if torch else []
+    arrays = [array_of(torch, x) for x in given] if tensors else given
+    leaves = [fit(x, port) for x, port in zip(arrays, signature.inputs, strict=True)]
+    check_axes(leaves, signature.inputs)
+    return _ticket(company, leaves, None if deadline is None else amount(deadline, TIME, "deadline")), tensors
+
+
+def of_leaves(
+    company: Company, leaves: Sequence[Array], seconds: float | None, min_quality: float | None, priority: int
+) -> Ticket:
+    """The request of flat inputs, in the signature's order; raises as `of_call`.
+
+    Args:
+        seconds: until its deadline; what the goal allows, without it.
+        min_quality: the least that will do, in the metric's own unit.
+        priority: as `Ticket.priority`.
+    """
+    ports = company.residents.bundle.signature.inputs
+    if len(leaves) != len(ports):
+        raise DataError(f"{len(leaves)} inputs were given, but the model takes {', '.join(map(str, ports))}")
+    fitted = [fit(leaf, port) for leaf, port in zip(leaves, ports, strict=True)]
+    check_axes(fitted, ports)
+    return _ticket(company, fitted, seconds, min_quality, priority)
+
+
+def _ticket(
+    company: Company,
+    leaves: Sequence[Array],
+    seconds: float | None,
+    min_quality: float | None = None,
+    priority: int = 0,
+) -> Ticket:
+    rows = len(leaves[0]) if leaves and leaves[0].ndim else 1
+    if rows == 0:
+        raise DataError("a batch of no rows was given; give at least one")
+    if seconds is not None and not seconds > 0:
+        raise DeadlineError(f"the deadline was {seconds:g} s from now: it has passed; give more than 0")
+    now = time.monotonic()
+    patience = company.aims.patience if seconds is None else seconds
+    floor = -math.inf if min_quality is None else _floor(company.residents.bundle.ladder, min_quality)
+    return Ticket(leaves, rows, now, now + patience, floor, priority)
+
+
+def _floor(ladder: Ladder, quality: float) -> float:
+    """A wanted quality, oriented; one that no rung promises is a mistake, not a matter of load."""
+    floor = orientation(ladder) * quality
+    if floor > (best := max(promise(rung, ladder) for rung in ladder)):
+        promised = orientation(ladder) * best
+        raise DataError(f"a quality of {quality:g} was asked for, but no rung promises better than {promised:.4g}")
+    return floor
+
+
+def shaped(signature: Signature, answer: Answer, tensors: Sequence[Any]) -> Any:
+    """An answer in the original's structure; tensors where tensors were given."""
+    leaves: list[Any] = answer.leaves
+    if tensors:
+        leaves = [tensor_of(sys.modules["torch"], x, tensors[0].device) for x in leaves]
+    return signature.answer(leaves)
