@@ -22,6 +22,7 @@ BENCHMARKS = {
     "sparse": ("benchmarks.sparse", "products that skip zeros against dense ones, at 90, 95 and 99 % zeros"),
     "judge": ("benchmarks.judge", "how often the judge errs: equals called faster, planted losses missed"),
     "governor": ("benchmarks.governor", "the governor against other policies, simulated"),
+    "watching": ("benchmarks.watching", "how soon the quality watch finds a rung that went bad, simulated"),
     "serve": ("benchmarks.serve", "the governor on a real ladder: bursts, overload, changed goals, memory, a bad rung"),
     "requests": ("benchmarks.requests", "requests per second over HTTP, against handlers around the same session"),
     "imports": ("benchmarks.imports", "what importing costs, and what comes along"),

@@ -1,14 +1,17 @@
-"""The governor against other policies in the simulator, on seeds on which nothing was tuned."""
+"""The governor against other policies in the simulator, on seeds on which nothing was tuned; and pictures of it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
 from accelerando.serve.governor import RungState
 from accelerando.serve.simulation import Outcome, Simulation, Terms, simulate
 from accelerando.serve.traces import gamma
+from benchmarks.courses import draw_course, draw_plane
 from benchmarks.results import record, table
 
 SECONDS = (0.120, 0.080, 0.053, 0.035, 0.024, 0.016, 0.010)
@@ -23,6 +26,9 @@ CASES: dict[str, tuple[tuple[RungState, ...], float, float]] = {
     "CV2 23, 300 ms": (RUNGS, 23.0, 0.3),
     "CV2 23, 500 ms": (RUNGS, 23.0, 0.5),
 }
+PAGE = Path(__file__).parents[1] / "docs" / "why"  # where the pictures lie
+PICTURED = ("CV2 4, 300 ms", "CV2 23, 300 ms, wide ladder")
+SHOWN_SECONDS = 60.0  # of the first seed's trace
 
 
 def run(name: str) -> None:
@@ -43,6 +49,14 @@ def run(name: str) -> None:
         + "."
     )
     record(name, "The governor against other policies, simulated", body)
+    draw(PAGE, found)
+
+
+def draw(folder: Path, found: Mapping[str, Mapping[str, Outcome]]) -> None:
+    """The pictures of the governor's page: a trace in the course of time, and all policies in the plane."""
+    trace = gamma(2 * BEST_CARRIES, 4.0, SHOWN_SECONDS, SEEDS[0])
+    draw_course(folder / "governor-course.svg", RUNGS, trace, 0.3)
+    draw_plane(folder / "governor-plane.svg", WIDE, {case: found[case] for case in PICTURED})
 
 
 def _cell(outcome: Outcome | None) -> str:

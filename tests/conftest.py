@@ -8,8 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from accelerando import plugins
+
+settings.register_profile("house", deadline=None)  # no verdict may hang on how fast the machine is
+settings.load_profile("house")
 
 TOYS = Path(__file__).parent / "toys"
 Rows = tuple[np.ndarray, np.ndarray]

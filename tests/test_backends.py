@@ -23,6 +23,7 @@ from accelerando.plugins import discover
 from accelerando.recipe import Artifact, Backend
 from accelerando.signature import Array, Port, Signature, flatten, to_numpy
 from accelerando.testing import backend_contract as contract
+from accelerando.testing.models import image, two_inputs
 from accelerando.workload import Form, Model, Workload, plain_call
 
 torch = pytest.importorskip("torch")
@@ -167,7 +168,7 @@ def test_shared_weights_are_stored_once_and_stay_shared(tmp_path: Path) -> None:
 
 def test_the_weights_come_from_the_folder_not_from_the_module_given(tmp_path: Path) -> None:
     subject = contract.prepare(Eager, "image", tmp_path)
-    other, _ = contract.image()
+    other, _ = image()
     for p in other.parameters():
         p.data.zero_()
     runner = subject.backend.load(subject.artifact, subject.folder, subject.signature, other)
@@ -185,9 +186,9 @@ def test_another_module_is_an_error_in_the_callers_words(tmp_path: Path) -> None
 
 
 def test_channels_last_only_where_there_are_images(tmp_path: Path) -> None:
-    image = torch_model(*contract.image()).model
-    pair = torch_model(*contract.two_inputs()).model
-    assert Eager(channels_last=True) in list(Eager.choices(image, MACHINE))
+    pictures = torch_model(*image()).model
+    pair = torch_model(*two_inputs()).model
+    assert Eager(channels_last=True) in list(Eager.choices(pictures, MACHINE))
     assert Eager(channels_last=True) not in list(Eager.choices(pair, MACHINE))
     refusal = Eager(channels_last=True).refuse(pair, MACHINE)
     assert refusal is not None

@@ -28,8 +28,17 @@ def render(bundle: Bundle) -> str:
         MissingExtraError: plotly is not installed.
     """
     story = Story(bundle)
-    scripts = [_plotly(), (HERE / "page.js").read_text("utf-8")]
     title = f"accelerando: {bundle.verdict.outcome.value}: {fine(words.faster(story.best.evidence.speedup))}"
+    return document(title, *_body(story))
+
+
+def document(title: str, *body: Element) -> str:
+    """A page with our style and the script that draws the plots.
+
+    Raises:
+        MissingExtraError: plotly is not installed.
+    """
+    scripts = [_plotly(), (HERE / "page.js").read_text("utf-8")]
     head = el(
         "head",
         el("meta", charset="utf-8"),
@@ -39,8 +48,8 @@ def render(bundle: Bundle) -> str:
         el("title", title),
         raw("style", (HERE / "page.css").read_text("utf-8")),
     )
-    body = el("body", *_body(story), *(raw("script", s) for s in scripts))
-    return "<!doctype html>\n" + to_html(el("html", head, body, lang="en"))
+    whole = el("html", head, el("body", *body, *(raw("script", s) for s in scripts)), lang="en")
+    return "<!doctype html>\n" + to_html(whole)
 
 
 def write(bundle: Bundle, path: str | Path) -> Path:
@@ -84,7 +93,7 @@ def policy(scripts: list[str]) -> str:
     )
 
 
-def _body(story: Story) -> list[Element | None]:
+def _body(story: Story) -> list[Element]:
     parts = [
         sections.verdict(story),
         sections.plane(story),
@@ -116,5 +125,5 @@ def _plotly() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError as error:
-        raise MissingExtraError("the HTML report needs plotly: pip install 'accelerando[optimize]'") from error
+        raise MissingExtraError("the page needs plotly: pip install 'accelerando[optimize]'") from error
     return str(get_plotlyjs())

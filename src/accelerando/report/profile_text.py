@@ -2,25 +2,22 @@
 
 from __future__ import annotations
 
-import io
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from accelerando.report import words
+from accelerando.report.plain_text import LINES, WIDTH, plain
 
-WIDTH = 80
 ROWS = 12  # layers shown; the rest is summed up in one line
 HELPS = 5
 NAME = 30  # characters for a layer
-LINES = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the header
 CEILINGS = {
     "float32": ("float32 products, Gop/s", 1e9),
     "int8": ("int8 products, Gop/s", 1e9),
@@ -41,10 +38,7 @@ Data = Mapping[str, Any]
 
 def render(profile: Data, width: int = WIDTH) -> str:
     """The page as plain text, no line longer than `width`: no colours, no control codes."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    show(profile, console)
-    assert isinstance(console.file, io.StringIO)
-    return "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
+    return plain(page(profile), width)
 
 
 def show(profile: Data, console: Console | None = None) -> None:

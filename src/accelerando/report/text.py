@@ -6,10 +6,6 @@ that neither a control code nor rich's own markup in it is obeyed.
 
 from __future__ import annotations
 
-import io
-import sys
-
-from rich import box
 from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -19,24 +15,18 @@ from accelerando.bundle import Bundle
 from accelerando.goal import Outcome
 from accelerando.report import advice, words
 from accelerando.report.healing import MOST_SHAPES
+from accelerando.report.plain_text import LINES, WIDTH, plain
 from accelerando.report.story import Story
 from accelerando.trial import Refused
 
-WIDTH = 80
 MOST_CUT = 200  # characters about a cut
 EXAMPLES = 2  # of the recipes turned away for one reason
-LINES = box.Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)  # one line under the header
 STYLE = {Outcome.MET: "bold green", Outcome.NOT_MET: "bold red", Outcome.UNSURE: "bold yellow"}
 
 
 def render(bundle: Bundle, width: int = WIDTH) -> str:
     """The whole report as plain text: no colours, no control codes, and only what standard output can encode."""
-    console = Console(file=io.StringIO(), width=width, color_system=None, force_terminal=False, legacy_windows=False)
-    show(bundle, console)
-    assert isinstance(console.file, io.StringIO)
-    lines = "\n".join(line.rstrip() for line in console.file.getvalue().splitlines())
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    return lines.encode(encoding, "backslashreplace").decode(encoding)
+    return plain(report(bundle), width)
 
 
 def show(bundle: Bundle, console: Console | None = None) -> None:

@@ -132,7 +132,7 @@ class SoberEvidence(Evidence):
 
 
 def _sobered(drop: Interval) -> Interval:
-    luck = max(min(drop.high, 0.0) - drop.mid, 0.0)
+    luck = -drop.mid if drop.mid < 0 <= drop.high else 0.0
     return Interval(drop.low + luck, drop.mid + luck, drop.high + luck)
 
 

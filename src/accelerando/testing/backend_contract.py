@@ -14,8 +14,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -29,13 +27,12 @@ from accelerando.errors import BrokenPluginError, RefusalError
 from accelerando.machine import Machine
 from accelerando.measure.child import Child
 from accelerando.plugins import discover
-from accelerando.recipe import Artifact, Backend, Runner, plugin_from_json, snake
+from accelerando.recipe import Artifact, Backend, Runner, plugin_from_json
 from accelerando.signature import Array, Signature, flatten, to_numpy
+from accelerando.testing import plugin_contract
+from accelerando.testing.models import CASES
 from accelerando.workload import Form, Model, Samples, Workload, plain_call
 
-HEAVY = ("torch", "onnx", "onnxruntime", "openvino", "nncf", "transformers", "sklearn", "pandas")
-TOLERANCE = 1e-3  # of an answer's largest value: float32 in another order stays a hundred times below
-ROWS = (1, 2, 5)
 LOAD_SECONDS = 240.0
 
 
@@ -82,7 +79,7 @@ class Subject:
 
     def batches(self) -> list[list[Array]]:
         """Inputs of one, a few and several rows, of every shape that was seen."""
-        return [[np.array(x[:n]) for x in chunk.inputs] for chunk in self.samples.chunks for n in ROWS]
+        return [[np.array(x[:n]) for x in chunk.inputs] for chunk in self.samples.chunks for n in plugin_contract.ROWS]
 
     def expected(self, leaves: Sequence[Array]) -> list[Array]:
         """The original's own answer, flat."""
@@ -208,31 +205,13 @@ def check_artifact(subject: Subject) -> None:
 
 def check_frozen(subject: Subject) -> None:
     """Settings are a frozen dataclass whose fields are knobs with defaults."""
-    backend: Any = subject.backend
-    assert dataclasses.is_dataclass(backend), f"{backend.name} must be a dataclass"
-    for field in dataclasses.fields(backend):
-        assert field.default is not dataclasses.MISSING, f"the knob {field.name!r} needs a default"
-        kinds = (bool, int, float, str, type(None))
-        assert isinstance(field.default, kinds), f"the knob {field.name!r} must be plain data"
-        try:
-            setattr(backend, field.name, field.default)
-        except dataclasses.FrozenInstanceError:
-            continue
-        raise AssertionError(f"the knob {field.name!r} can be set: the dataclass must be frozen")
+    plugin_contract.ensure_frozen(subject.backend)
 
 
 def check_json(subject: Subject) -> None:
     """Settings come back from their JSON equal and with the same hash; an unknown knob is refused."""
     kind = type(subject.backend)
-    for backend in (subject.backend, *kind.choices(subject.original, Machine.look())):
-        again = plugin_from_json(kind, json.loads(json.dumps(backend.to_json())))
-        assert again == backend, f"{backend} came back from its JSON as {again}"
-        assert hash(again) == hash(backend), f"{backend} came back from its JSON with another hash"
-    try:
-        plugin_from_json(kind, {"name": subject.backend.name, "no_such_knob": 1})
-    except BrokenPluginError:
-        return
-    raise AssertionError("an unknown knob was taken")
+    plugin_contract.ensure_kept_as_json(kind, (subject.backend, *kind.choices(subject.original, Machine.look())))
 
 
 def check_choices(subject: Subject) -> None:
@@ -245,11 +224,7 @@ def check_choices(subject: Subject) -> None:
     if subject.backend.members:
         assert not choices, f"a backend of members has no choices of its own, but gives {choices}"
         return
-    assert choices, "there must be at least one choice, the defaults"
-    assert choices[0] == kind(), f"the first choice must be the defaults, but is {choices[0]}"
-    assert all(type(c) is kind for c in choices), f"choices must be of {kind.__name__}"
-    twice = [str(c) for i, c in enumerate(choices) if c in choices[:i]]
-    assert not twice, f"these choices come twice: {twice}"
+    plugin_contract.ensure_choices(kind, choices)
     for choice in choices:
         refusal = choice.refuse(subject.given, machine)
         assert refusal is None, f"{choice} is a choice, but is refused here: {refusal}"
@@ -268,16 +243,12 @@ def check_declared(subject: Subject) -> None:
     assert bool(kind.takes) != bool(subject.backend.members), "takes must name at least one form, or there be members"
     assert all(isinstance(form, Form) for form in kind.takes), f"takes must hold forms, but is {kind.takes}"
     assert isinstance(kind.needs, tuple), f"needs must be a tuple of import names, but is {kind.needs!r}"
-    stem = kind.__module__.rpartition(".")[2]
-    assert snake(kind.__name__) == stem, f"{kind.__name__} must lie in {snake(kind.__name__)}.py, not {stem}.py"
+    plugin_contract.ensure_named_like_its_file(kind)
 
 
 def check_lean_import(subject: Subject) -> None:
     """Importing the backend's file brings none of the heavy libraries: the runtime must start at once."""
-    code = f"import sys, {type(subject.backend).__module__}; print(*[m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not done.stdout.split(), f"importing it also imports {done.stdout.split()}; import those inside methods"
+    plugin_contract.ensure_lean_import(type(subject.backend))
 
 
 Check = Callable[[Subject], None]
@@ -298,15 +269,9 @@ CHECKS: tuple[Check, ...] = (
 
 
 def _ensure_close(subject: Subject, expected: Sequence[Array], got: Sequence[Array]) -> None:
-    ports = subject.signature.outputs
-    assert len(got) == len(ports), f"{len(got)} outputs came, but {len(ports)} are in the signature"
-    for port, want, have in zip(ports, expected, got, strict=True):
-        assert port.fits(have), f"{port} was answered with {have.dtype}{have.shape}"
-        assert have.shape == want.shape, f"{port.name} has shape {have.shape}, but the original's is {want.shape}"
-        wide = want.astype(np.float64)
-        off = float(np.abs(have.astype(np.float64) - wide).max(initial=0.0))
-        allowed = TOLERANCE * max(float(np.abs(wide).max(initial=0.0)), 1e-6) if want.dtype.kind == "f" else 0.0
-        assert off <= allowed, f"{port.name} is off by {off:.3g}; {allowed:.3g} is allowed"
+    plugin_contract.ensure_answers(
+        subject.signature.outputs, expected, got, f"{len(expected[0])} rows", "it must answer as the original does"
+    )
 
 
 def _fingerprint(model: Model) -> Any:
@@ -317,141 +282,3 @@ def _fingerprint(model: Model) -> Any:
         return {k: to_numpy(v).tobytes() for k, v in model.content.state_dict.items()}, str(model.content.graph)
     state = {k: to_numpy(v).tobytes() for k, v in model.content.state_dict().items()}
     return state, model.content.training
-
-
-# --- the models -------------------------------------------------------------------------------------------------
-
-Given = tuple[Any, Any]  # a torch module, and data as `accelerate` takes it
-
-
-def _floats(*shape: int, seed: int = 0) -> Array:
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def image() -> Given:
-    """Convolutions with batch norm; one input, one output."""
-    from torch import nn, random
-
-    with random.fork_rng(devices=()):
-        random.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(inplace=True),
-            nn.Conv2d(8, 8, 3, stride=2, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10),
-        )  # fmt: skip
-    return model.eval(), _floats(40, 1, 8, 8)
-
-
-def two_inputs() -> Given:
-    """Two inputs by name, a dict of two outputs, and weights that are shared."""
-    import torch
-    from torch import nn
-
-    class Pair(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.left, self.right = nn.Linear(4, 6), nn.Linear(6, 6)
-            self.again = self.right
-
-        def forward(self, a: Any, b: Any) -> dict[str, Any]:
-            mixed = torch.relu(self.left(a)) + self.right(b)
-            return {"mixed": self.again(mixed), "norm": mixed.square().sum(1)}
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        return Pair().eval(), {"a": _floats(40, 4), "b": _floats(40, 6, seed=1)}
-
-
-def recurrent() -> Given:
-    """An LSTM; a tuple of two outputs."""
-    import torch
-    from torch import nn
-
-    class Reader(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.lstm, self.head = nn.LSTM(3, 8, batch_first=True), nn.Linear(8, 2)
-
-        def forward(self, x: Any) -> tuple[Any, Any]:
-            states, _ = self.lstm(x)
-            return self.head(states[:, -1]), states
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        return Reader().eval(), _floats(40, 7, 3)
-
-
-def tokens() -> Given:
-    """Whole numbers of several lengths with a mask; an answer with named fields."""
-    import torch
-    from torch import nn
-
-    @dataclass
-    class Answer:
-        logits: Any
-        state: Any
-
-    class Attends(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.q, self.v = nn.Embedding(50, 16), nn.Linear(16, 16), nn.Linear(16, 16)
-            self.head = nn.Linear(16, 3)
-
-        def forward(self, input_ids: Any, attention_mask: Any) -> Answer:
-            x = self.embed(input_ids)
-            weights = self.q(x) @ x.transpose(1, 2) / 4 + (1.0 - attention_mask[:, None].to(x.dtype)) * -1e4
-            state = torch.softmax(weights, -1) @ self.v(x)
-            return Answer(self.head(state.mean(1)), state)
-
-    def batch(length: int) -> dict[str, Array]:
-        rng = np.random.default_rng(length)
-        mask = np.arange(length)[None] < rng.integers(2, length + 1, (20, 1))
-        return {"input_ids": rng.integers(0, 50, (20, length)), "attention_mask": mask.astype(np.int64)}
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        return Attends().eval(), [batch(n) for n in (6, 9, 12)]
-
-
-def writer() -> Given:
-    """A model that writes into its input."""
-    import torch
-    from torch import nn
-
-    class Writes(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = nn.Linear(4, 3)
-
-        def forward(self, x: Any) -> Any:
-            x.mul_(0.5)
-            return self.layer(x)
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        return Writes().eval(), _floats(40, 4)
-
-
-def zeros() -> Given:
-    """Large linear layers whose weights are mostly zeros, on vectors and on sequences: for sparse products."""
-    import torch
-    from torch import nn
-
-    class Zeros(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.each, self.all = nn.Linear(512, 520), nn.Linear(520, 512)
-            with torch.no_grad():
-                for layer in (self.each, self.all):
-                    layer.weight[torch.rand_like(layer.weight) < 0.95] = 0.0
-
-        def forward(self, x: Any) -> Any:
-            return self.all(torch.relu(self.each(x)).mean(1))
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        return Zeros().eval(), _floats(40, 3, 512)
-
-
-CASES: dict[str, Callable[[], Given]] = {
-    case.__name__: case for case in (image, two_inputs, recurrent, tokens, writer, zeros)
-}

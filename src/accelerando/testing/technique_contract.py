@@ -12,9 +12,6 @@ A check raises AssertionError with what was expected and what was found.
 from __future__ import annotations
 
 import dataclasses
-import json
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,16 +24,14 @@ from accelerando.adoption import adopt
 from accelerando.errors import BrokenPluginError, Reason, RefusalError
 from accelerando.machine import ISA, Machine
 from accelerando.plugins import discover
-from accelerando.recipe import Artifact, Stage, Technique, plugin_from_json, snake
+from accelerando.recipe import Artifact, Stage, Technique, snake
 from accelerando.signature import Array, to_numpy
+from accelerando.testing import plugin_contract
+from accelerando.testing.models import floats, network, stubborn
 from accelerando.workload import Chunk, Form, Lessons, Model, Samples, Workload, flat_module
 
-HEAVY = ("torch", "onnx", "onnxruntime", "onnxscript", "openvino", "nncf", "transformers", "sklearn", "pandas")
-TOLERANCE = 1e-3  # of an answer's largest value: float32 in another order stays a hundred times below
-ROWS = (1, 2, 5)
 BRIEF_SECONDS = 2  # of retraining, where a technique has a knob for it
 LESSONS = "lessons"  # a folder in which techniques that retrain leave checkpoints
-KNOBS = (bool, int, float, str, type(None))
 
 
 @dataclass(frozen=True)
@@ -149,61 +144,30 @@ def check_made(subject: Subject) -> None:
 def check_answers(subject: Subject) -> None:
     """What it made answers in the signature's types and shapes, finite; the same as before where it is exact."""
     ports, rng = subject.original.signature.outputs, np.random.default_rng(7)
-    for rows in ROWS:
+    for rows in plugin_contract.ROWS:
         leaves = [_random(port, rows, rng) for port in subject.original.signature.inputs]
         expected, got = answers(subject.original, leaves), answers(subject.made, leaves)
-        assert len(got) == len(ports), f"{len(got)} outputs came, but {len(ports)} are in the signature"
-        for port, want, have in zip(ports, expected, got, strict=True):
-            assert port.fits(have), f"{port} was answered with {have.dtype}{have.shape} for {rows} rows"
-            assert have.shape == want.shape, f"{port.name} has shape {have.shape}, but the original's is {want.shape}"
-            wide = want.astype(np.float64)
-            off = np.abs(have.astype(np.float64) - wide).max(initial=0.0)
-            assert np.isfinite(off), f"{port.name} is not finite"
-            allowed = TOLERANCE * np.abs(wide).max(initial=0.0)
-            assert not subject.technique.exact or off <= allowed, (
-                f"it says that it is exact, but {port.name} is off by {off:.3g} for {rows} rows; "
-                f"{allowed:.3g} is allowed"
-            )
+        plugin_contract.ensure_answers(
+            ports, expected, got, f"{rows} rows", "it says that it is exact" if subject.technique.exact else ""
+        )
 
 
 def check_frozen(subject: Subject) -> None:
     """It is a frozen dataclass whose fields are knobs with defaults."""
-    technique = subject.technique
-    assert dataclasses.is_dataclass(type(technique)), f"{technique.name} must be a dataclass"
-    for field in dataclasses.fields(technique):  # type: ignore[arg-type]
-        assert field.default is not dataclasses.MISSING, f"the knob {field.name!r} needs a default"
-        assert isinstance(field.default, KNOBS), f"the knob {field.name!r} must be plain data"
-    try:
-        setattr(technique, "takes", technique.takes)  # noqa: B010  mypy knows that it can't be set
-    except dataclasses.FrozenInstanceError:
-        return
-    raise AssertionError(f"{technique.name} can be changed: the dataclass must be frozen")
+    plugin_contract.ensure_frozen(subject.technique)
 
 
 def check_json(subject: Subject) -> None:
     """Settings come back from their JSON equal and with the same hash; an unknown knob is refused."""
     kind = type(subject.technique)
-    for choice in kind.choices(subject.original, capable()):
-        again = plugin_from_json(kind, json.loads(json.dumps(choice.to_json())))
-        assert again == choice, f"{choice} came back from its JSON as {again}"
-        assert hash(again) == hash(choice), f"{choice} came back from its JSON with another hash"
-    try:
-        plugin_from_json(kind, {"name": subject.technique.name, "no_such_knob": 1})
-    except BrokenPluginError:
-        return
-    raise AssertionError("an unknown knob was taken")
+    plugin_contract.ensure_kept_as_json(kind, kind.choices(subject.original, capable()))
 
 
 def check_choices(subject: Subject) -> None:
     """The settings worth trying start with the defaults and hold none twice, for the original in any form."""
     kind = type(subject.technique)
     for model in (subject.original, subject.given):
-        choices = list(kind.choices(model, capable()))
-        assert choices, "there must be at least one choice, the defaults"
-        assert choices[0] == kind(), f"the first choice must be the defaults, but is {choices[0]}"
-        assert all(type(c) is kind for c in choices), f"choices must be of {kind.__name__}"
-        twice = [str(c) for i, c in enumerate(choices) if c in choices[:i]]
-        assert not twice, f"these choices come twice: {twice}"
+        plugin_contract.ensure_choices(kind, list(kind.choices(model, capable())))
 
 
 def check_refuse(subject: Subject) -> None:
@@ -241,16 +205,12 @@ def check_declared(subject: Subject) -> None:
     for name, wanted in (("takes", Form), ("gives", Form), ("stage", Stage), ("exact", bool), ("needs", tuple)):
         value = getattr(kind, name)
         assert isinstance(value, wanted), f"{name} must be a {wanted.__name__}, but is {value!r}"
-    stem = kind.__module__.rpartition(".")[2]
-    assert snake(kind.__name__) == stem, f"{kind.__name__} must lie in {snake(kind.__name__)}.py, not {stem}.py"
+    plugin_contract.ensure_named_like_its_file(kind)
 
 
 def check_lean_import(subject: Subject) -> None:
     """Importing the technique's file brings none of the heavy libraries."""
-    code = f"import sys, {type(subject.technique).__module__}; print(*[m for m in {HEAVY} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr
-    assert not done.stdout.split(), f"importing it also imports {done.stdout.split()}; import those inside methods"
+    plugin_contract.ensure_lean_import(type(subject.technique))
 
 
 Check = Callable[[Subject], None]
@@ -268,7 +228,7 @@ CHECKS: tuple[Check, ...] = (
 )
 
 
-# --- models, machines, answers ----------------------------------------------------------------------------------
+# --- machines, answers ------------------------------------------------------------------------------------------
 
 
 def answers(model: Model, leaves: Sequence[Array]) -> list[Array]:
@@ -298,46 +258,6 @@ def answers(model: Model, leaves: Sequence[Array]) -> list[Array]:
 def capable() -> Machine:
     """This machine, if it had every instruction set that there is on x86."""
     return dataclasses.replace(Machine.look(), isa=tuple(sorted(set(ISA.values()) - {"neon", "dotprod", "sve"})))
-
-
-def network() -> Any:
-    """(n, 1, 8, 8) -> (n, 5): convolutions with batch norm, and two linear layers with only dropout between them."""
-    import torch
-    from torch import nn
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
-            nn.Flatten(), nn.Linear(144, 64), nn.Dropout(0.5), nn.Linear(64, 5),
-        )  # fmt: skip
-        for buffer in model[1].buffers():
-            if buffer.is_floating_point():
-                buffer.uniform_(0.5, 1.5)  # else the norm would do nothing
-    return model.eval()
-
-
-def stubborn() -> tuple[Any, Any]:
-    """A model that chooses its way by its input's values, with data for it: no exporter can follow."""
-    import torch
-    from torch import nn
-
-    class Stubborn(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.one, self.other = nn.Linear(4, 4), nn.Linear(4, 4)
-
-        def forward(self, x: Any) -> Any:
-            return self.one(x) if float(x.sum()) > 0 else self.other(x)
-
-    with torch.random.fork_rng(devices=()):
-        torch.manual_seed(0)
-        return Stubborn().eval(), floats(64, 4)
-
-
-def floats(*shape: int, seed: int = 0) -> Array:
-    """Normal deviates, repeatable."""
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
 def _random(port: Any, rows: int, rng: Any) -> Array:
