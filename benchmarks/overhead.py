@@ -21,8 +21,8 @@ CALLS = 20_000
 BOUND = 20e-6  # seconds
 
 
-def measure(calls: int = CALLS) -> tuple[Interval, Interval]:
-    """Seconds that `fast(x)` takes more than `session.run`, and seconds of the latter."""
+def measure(calls: int = CALLS, **loading: Any) -> tuple[Interval, Interval]:
+    """Seconds that `fast(x)` takes more than `session.run`, and seconds of the latter; `loading` as for `load`."""
     import onnxruntime as ort
 
     from accelerando import load
@@ -33,7 +33,7 @@ def measure(calls: int = CALLS) -> tuple[Interval, Interval]:
         options.intra_op_num_threads = 1
         run = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"]).run
         x = np.ones((1, 64), np.float32)
-        with load(Path(folder) / "bundle") as fast:
+        with load(Path(folder) / "bundle", **loading) as fast:
             arms = (lambda: fast(x)), (lambda: run(["logits"], {"x": x}))
             assert np.array_equal(arms[0](), arms[1]()[0])
             seconds = np.array([_turn(arms, reverse=bool(i % 2)) for i in range(calls)])

@@ -1,0 +1,171 @@
+"""Bursts: every policy on the same trace, in earnest, at twice what the best rung carries.
+
+In this process, with the sender in a thread of its own that sleeps nearly always: it sends some hundred requests a
+second of many rows, and the policies that are compared can't be given to a server by its command line.  A request is
+late from the time at which it should have been sent, so a stall can't hide itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from accelerando.errors import ServingError
+from accelerando.serve.estimates import ArrivalRate
+from accelerando.serve.governed import GovernedModel
+from accelerando.serve.governor import PRESETS, Decides, Decision, RungState, Signal
+from accelerando.serve.policies import Fixed, RateController, SlackFit
+from accelerando.serve.traces import Trace, gamma
+from accelerando.server.command import SWITCH_SECONDS
+from benchmarks.figures import Figure, Found, shortened
+from benchmarks.ladders import Ground
+from benchmarks.results import table
+
+SLO = 0.3  # seconds
+SECONDS = 12.0  # of a trace
+CROWD = 16  # rows of a request
+OVER = 2.0  # times what the best rung carries
+ASKED = {4.0: 0.999, 23.0: 0.995}  # of deadlines met, by CV2
+JUDGED = "balanced"  # the preset whose figures count: nobody who does not choose has another
+
+
+@dataclass(frozen=True)
+class Replay:
+    """What became of a trace under a policy: `met` of the requests; right answers of those in time, and of all."""
+
+    policy: str
+    met: float
+    quality: float
+    effective: float
+    switches: float
+    p99: float
+
+    def line(self) -> list[str]:
+        shares = (f"{x:.2%}" for x in (self.met, self.quality, self.effective))
+        return [self.policy, *shares, f"{self.switches:.1f}", f"{self.p99 * 1e3:.0f} ms"]
+
+
+def usual(ground: Ground) -> Found:
+    return replayed(ground, 4.0)
+
+
+def violent(ground: Ground) -> Found:
+    return replayed(ground, 23.0)
+
+
+def replayed(ground: Ground, cv2: float) -> Found:
+    """Every policy on one trace."""
+    with ground.opened(f"p99 <= {SLO * 1e3:g}ms") as model:
+        states = [s for s in model._conductor.company.residents.states if s.ready]
+    best = max(states, key=lambda s: s.quality)
+    carried = max(n / best.seconds(n) for n in (1, best.most_rows)) / CROWD  # requests/s, joined where that pays
+    trace = gamma(rate=OVER * carried, cv2=cv2, seconds=shortened(SECONDS), seed=7)
+    fixed: dict[str, Callable[[], Decides]] = {
+        f"rung {s.number} always ({s.seconds(CROWD) * 1e3:.2f} ms)": _always(s.number) for s in states
+    }
+    others: dict[str, Callable[[], Decides]] = {"slack only (SlackFit)": SlackFit, "rate every 10 s": Slow}
+    ours = {f"governor, {name}": _preset(governor) for name, governor in PRESETS.items()}
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(SWITCH_SECONDS)  # as the server does
+    try:
+        found = {name: replay(ground, trace, name, make()) for name, make in {**fixed, **others, **ours}.items()}
+    finally:
+        sys.setswitchinterval(interval)
+    judged = found[f"governor, {JUDGED}"]
+    head = ["policy", "answered in time", "right, of those", "right, of all", "switches/s", "p99"]
+    return Found(
+        figures(judged, [found[n] for n in fixed], [found[n] for n in others], cv2),
+        f"Bursts: {trace}; each request of {CROWD} rows, {SLO * 1e3:.0f} ms for each; sent by a thread of the process "
+        f"that computes.\n\n{table(head, [r.line() for r in found.values()])}",
+    )
+
+
+def figures(judged: Replay, fixed: list[Replay], others: list[Replay], cv2: float) -> tuple[Figure, ...]:
+    """The governor's, against what was asked for and the other policies."""
+    rivals = [r for r in fixed if r.met >= judged.met]
+    best = max([*rivals, *others], key=lambda r: r.effective)
+    return (
+        Figure(
+            f"deadlines met, bursts of CV2 {cv2:g}", f"{judged.met:.2%}", f"{ASKED[cv2]:.1%}", judged.met >= ASKED[cv2]
+        ),
+        Figure(
+            f"right answers in time, of all, CV2 {cv2:g}", f"{judged.effective:.2%}",
+            f"above {best.effective:.2%} ({best.policy})", judged.effective > best.effective,
+        ),
+    )  # fmt: skip
+
+
+def _always(number: int) -> Callable[[], Decides]:
+    return lambda: Fixed(number)
+
+
+def _preset(governor: Decides) -> Callable[[], Decides]:
+    return lambda: governor
+
+
+class Slow:
+    """The 10 s controller, told of the rate as it averages it."""
+
+    def __init__(self) -> None:
+        self.rate, self.inner = ArrivalRate(tau=10.0), RateController()
+
+    def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+        return self.inner.decide(last, replace(signal, rate=self.rate.at(signal.now)), rungs)
+
+
+def replay(ground: Ground, trace: Trace, name: str, policy: Decides) -> Replay:
+    """A trace under a policy."""
+    with ground.opened(f"p99 <= {SLO * 1e3:g}ms", policy) as model:
+        sent = send(model, ground, trace, policy.rate if isinstance(policy, Slow) else None)
+        switches = model.status().switches
+    met = np.array([s.in_time for s in sent])
+    right = np.array([s.right for s in sent])
+    times = [s.came - s.at for s in sent if s.came < float("inf")]
+    return Replay(
+        name, float(met.mean()), float(right[met].mean()) if met.any() else 0.0, float((right * met).mean()),
+        switches / trace.seconds, float(np.quantile(times, 0.99)) if times else float("nan"),
+    )  # fmt: skip
+
+
+@dataclass
+class Sent:
+    """One request of a trace: when it should have been sent, when its answer came, and which share of it was right."""
+
+    at: float
+    labels: np.ndarray
+    came: float = float("inf")
+    right: float = 0.0
+
+    @property
+    def in_time(self) -> bool:
+        return self.came - self.at <= SLO
+
+    def note(self, future: Any) -> None:
+        if future.exception() is None:
+            self.came = time.monotonic()
+            self.right = float((future.result().leaves[0].argmax(axis=1) == self.labels).mean())
+
+
+def send(model: GovernedModel, ground: Ground, trace: Trace, told: ArrivalRate | None) -> list[Sent]:
+    """Each request at its time; returns once all are answered or given up."""
+    sent: list[Sent] = []
+    start = time.monotonic() + 0.1
+    for i, arrival in enumerate(trace.arrivals):
+        first = i * CROWD % (len(ground.x) - CROWD)
+        one = Sent(start + arrival, ground.y[first : first + CROWD])
+        sent.append(one)
+        if (wait := one.at - time.monotonic()) > 0:
+            time.sleep(wait)
+        if told:
+            told.observe(time.monotonic())
+        with contextlib.suppress(ServingError):
+            left = max(one.at + SLO - time.monotonic(), 1e-6)
+            model.submit([ground.x[first : first + CROWD]], seconds=left).future.add_done_callback(one.note)
+    time.sleep(2 * SLO)
+    return sent

@@ -1,0 +1,133 @@
+"""Rungs in the memory of the process that computes for a server: all together, and coming and going under a cap."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+
+import numpy as np
+
+from accelerando.bundle import Bundle
+from accelerando.errors import BundleError
+from accelerando.serve.governed import GovernedModel, govern
+from accelerando.serve.isolation import Apart
+from accelerando.serve.residents import Residents, held_bytes
+from benchmarks.figures import Figure, Found, fewer
+from benchmarks.ladders import Ground
+
+SWITCHES, WARM = 200, 10
+CROWD = 64  # rows of a request: as many as a batch holds
+TOGETHER, GROWTH = 1.4, 0.02
+
+
+def held(ground: Ground) -> Found:
+    """What all rungs hold, and what they hold at most where not all may."""
+    bundle = Bundle.open(ground.path)
+    portable = [i for i, rung in enumerate(bundle.ladder) if rung.recipe.backend.portable]
+    rows = ground.x[:CROWD]
+    alone = {number: resident(bundle, (number,), rows) for number in portable}
+    largest, together = max(alone.values()), resident(bundle, portable, rows)
+    switched, text = under_cap(ground.path, portable, rows)
+    ratio = together / largest
+    return Found(
+        (
+            Figure("all rungs in memory over the largest alone", f"{ratio:.2f}", f"{TOGETHER}", ratio <= TOGETHER),
+            *switched,
+        ),
+        f"Resident memory of the process that computes, beyond what it held before its first rung, after a batch of "
+        f"{CROWD} rows for each: rung by rung alone {', '.join(f'{b / 1e6:.1f}' for b in alone.values())} MB, all "
+        f"{len(portable)} together {together / 1e6:.1f} MB. They share the backend's library; each was taught apart, "
+        f"so their weights can't be shared. The original, which needs its own code, is not among them. {text}",
+    )
+
+
+def resident(bundle: Bundle, numbers: Sequence[int], rows: np.ndarray) -> int:
+    """Bytes that a new process holds more with these rungs, after each has answered."""
+    with closing(Apart(bundle.path)) as apart:
+        before = empty(apart)
+        for number in numbers:
+            apart.start(bundle.ladder[number])([rows])
+        return held_bytes(apart.pid()) - before
+
+
+def empty(apart: Apart) -> int:
+    """Bytes that a process holds once it has come up, which it has when it finds that there is no such rung."""
+    with suppress(BundleError):
+        apart.call("0" * 12, [])
+    return held_bytes(apart.pid())
+
+
+# --- under a cap ------------------------------------------------------------------------------------------------------
+
+
+def under_cap(path: Path, portable: Sequence[int], rows: np.ndarray) -> tuple[tuple[Figure, ...], str]:
+    """Rungs that make room for each other, time and again: the highest reading of all, and what stays."""
+    *slower, fastest = portable
+    cap = room_for(path, {slower[0], fastest})
+    switches = fewer(SWITCHES)
+    with closing(Apart(path)) as apart:
+        nothing = empty(apart)
+    with govern(path, goal="p99 <= 10s", memory=cap, audit=0.0, isolated=True) as model:
+        residents = model._conductor.company.residents
+        while any(r.state == "loading" for r in residents):
+            time.sleep(0.05)
+        with Highest(residents._pid()) as highest:
+            forced = sum(switch(model, residents, slower, i, rows) for i in range(WARM))
+            before = held_bytes(residents._pid())
+            forced += sum(switch(model, residents, slower, i, rows) for i in range(switches))
+            after = held_bytes(residents._pid())
+        told = residents.memory
+    growth, most = after / before - 1, highest.bytes - nothing
+    figures = (
+        Figure(f"highest reading in {switches} switches under a cap", f"{most / 1e6:.1f} MB",
+               f"the cap, {cap / 1e6:.1f} MB", most <= cap),
+        Figure(f"memory after {switches} cycles of loading and unloading", f"{growth:+.1%}", "+2 % at most",
+               growth <= GROWTH),
+    )  # fmt: skip
+    return figures, (
+        f"Under a cap that has room for rungs {slower[0]} and {fastest}, {forced} of {switches + WARM} times a slower "
+        f"rung made another leave, and answered {CROWD} rows; its process was read {highest.readings:,} times, and "
+        f"{nothing / 1e6:.1f} MB were taken off, which it holds without any rung. At the end the runtime told of "
+        f"{told / 1e6:.1f} MB."
+    )
+
+
+def room_for(path: Path, numbers: set[int]) -> int:
+    """Bytes that the certificates foresee for these rungs together."""
+    with govern(path, goal="p99 <= 10s", audit=0.0, isolated=True) as model:
+        return model._conductor.company.residents._foreseen(numbers)
+
+
+def switch(model: GovernedModel, residents: Residents, slower: Sequence[int], turn: int, rows: np.ndarray) -> bool:
+    """Load one of the slower rungs, for which another must go, and ask it; whether it was out, and is in memory."""
+    number = slower[turn % len(slower)]
+    was_out = residents[number].state == "out"
+    loaded = residents.load(number, evict=True)
+    if loaded:
+        model._conductor.company.run(number, [rows])
+    return was_out and loaded
+
+
+class Highest:
+    """Reads, all the while, what a process holds."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid, self._ended = pid, threading.Event()
+        self.bytes = self.readings = 0
+        self._thread = threading.Thread(target=self._read)
+
+    def _read(self) -> None:
+        while not self._ended.wait(0.001):
+            self.bytes = max(self.bytes, held_bytes(self._pid))
+            self.readings += 1
+
+    def __enter__(self) -> Highest:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._ended.set()
+        self._thread.join()
