@@ -39,7 +39,8 @@ def run(name: str) -> None:
     body = table(["", "verdict", "speedup", "drop", "time"], rows)
     body += (
         f"\n\nThe goal was {before.goal}. Refreshing took **{share:.0%}** of the search's time; asked for: at most "
-        f"{ASKED:.0%}, with the same verdict, {'reached' if good else 'not reached'}."
+        f"{ASKED:.0%}, with the same verdict, {'reached' if good else 'not reached'}. "
+        f"The search's bundle held {len(before.students) or 'no'} students to go on from."
     )
     record(name, "Refresh of the ViT's bundle with retrained weights", body)
 

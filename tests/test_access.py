@@ -11,7 +11,7 @@ from caller import Got, call, run
 from shelf import FakeServed, FakeShelf
 
 from accelerando.errors import UsageError
-from accelerando.server.access import Access, Settings, Tokens
+from accelerando.server.access import Access, Settings, Tokens, names_of
 from accelerando.server.rest import Rest
 
 
@@ -141,6 +141,56 @@ def test_a_page_of_another_site_changes_nothing(file: Path, tokens: bool) -> Non
     assert call(app, "POST", path, b"", {"Host": "here:80", "Origin": "http://HERE:80", **key}).status == 200
     assert call(app, "POST", path, b"", {"Host": "here:80", **key}).status == 200
     assert call(app, "GET", "/v2", b"", {"Host": "here:80", "Origin": "https://evil.example", **key}).status == 200
+
+
+def named(*allowed: str, host: str = "127.0.0.1", tokens: Path | None = None) -> Access:
+    """A server that listens at `host`, as `accelerando serve` makes it."""
+    settings = Settings(tokens=tokens, hosts=names_of(host, allowed, guarded=tokens is not None))
+    return Access(Rest(FakeShelf({"simple": FakeServed()}), settings), settings)
+
+
+@pytest.mark.parametrize("method", ["GET", "HEAD", "POST", "PUT"])
+def test_a_name_that_was_made_to_lead_to_the_loopback_is_turned_away(method: str) -> None:
+    """DNS rebinding: for its browser the page is at home here, so that Origin and Host agree, and it could read too."""
+    app = named()
+    for host in (
+        "evil.example:8000",
+        "evil.example",
+        "127.0.0.1.evil.example",
+        "localhost.evil.example:80",
+        "",
+        "[::2]",
+    ):
+        got = call(app, method, "/v2/repository/index", b"", {"Host": host, "Origin": f"http://{host}"})
+        assert got.status == 403, host
+        assert method == "HEAD" or f"this server is not {host!r}, but 127.0.0.1" in got.error
+    for strange in ("\xff", "[bad", "http://localhost"):
+        assert call(app, method, "/v2", b"", {"Host": strange}).status == 403, strange
+
+
+def test_its_own_names_are_let_in_by_any_port_and_in_any_case() -> None:
+    for host in ("localhost", "LocalHost:8000", "127.0.0.1", "127.0.0.1:1", "[::1]", "[::1]:8000"):
+        assert call(named(), "GET", "/v2", b"", {"Host": host}).status == 200, host
+    assert call(named(), "GET", "/v2").status == 200  # no browser leaves it out
+    assert call(named(host="127.0.0.5"), "GET", "/v2", b"", {"Host": "127.0.0.5:80"}).status == 200
+
+
+def test_names_that_were_allowed_are_let_in_and_bind_it_wherever_it_listens(file: Path) -> None:
+    for app in (named("api.example"), named("api.example", host="0.0.0.0"), named("API.example", host="::1")):
+        assert call(app, "GET", "/v2", b"", {"Host": "api.example:443"}).status == 200
+        assert call(app, "GET", "/v2", b"", {"Host": "localhost"}).status == 200
+        assert call(app, "GET", "/v2", b"", {"Host": "evil.example"}).status == 403
+    guarded_too = named("api.example", tokens=file)
+    assert call(guarded_too, "GET", "/v2", b"", {"Host": "evil", "Authorization": "Bearer alpha"}).status == 403
+    for wrong in ("http://api.example", "api.example:80", "", "a/b", "\xff"):
+        with pytest.raises(UsageError, match="without scheme and port"):
+            named(wrong)
+
+
+def test_where_others_may_call_it_by_names_that_it_can_not_know_any_will_do(file: Path) -> None:
+    assert call(named(host="0.0.0.0"), "GET", "/v2", b"", {"Host": "node7.lan:8000"}).status == 200
+    key = {"Host": "node7.lan", "Authorization": "Bearer alpha"}
+    assert call(named(tokens=file), "GET", "/v2", b"", key).status == 200
 
 
 def test_a_socket_needs_a_token_too(file: Path) -> None:

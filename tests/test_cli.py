@@ -10,6 +10,7 @@ import pytest
 
 from accelerando import cli
 from accelerando.backends.onnxruntime import Onnxruntime
+from accelerando.errors import UsageError
 from accelerando.recipe import Recipe
 from accelerando.signature import Port, Signature
 from accelerando.testing.bundles import write_bundle
@@ -69,6 +70,81 @@ def test_verify_says_what_it_looked_at_and_fails_on_a_changed_file(call, bundle:
     status, _, err = call("verify", bundle)
     assert status == 3
     assert "hash" in err
+
+
+TEACHING = """
+import numpy as np
+import torch
+
+def build():
+    return torch.nn.Linear(4, 3)
+
+def data():
+    return np.zeros((9, 4), np.float32), np.zeros(9, np.int64)
+
+def loss(answer, targets):
+    return answer.square().mean()
+
+def augment(inputs):
+    return inputs
+
+def of_one(answer):
+    return answer
+"""
+
+
+@pytest.fixture
+def teaching(tmp_path: Path) -> str:
+    name = f"teaching_{tmp_path.name.replace('-', '_')}"  # a module is imported once in a process
+    (tmp_path / f"{name}.py").write_text(TEACHING)
+    return str(tmp_path / f"{name}.py")
+
+
+@pytest.mark.parametrize("command", ["optimize", "refresh"])
+def test_the_owners_ways_to_teach_reach_the_library(
+    call, teaching: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    from accelerando import pipeline, renewal
+
+    given: dict[str, object] = {}
+
+    def stop(*args: object, **named: object) -> None:
+        given.update(named)
+        raise UsageError("far enough")
+
+    monkeypatch.setattr(pipeline, "accelerate", stop)
+    monkeypatch.setattr(renewal, "refresh", stop)
+    model, data = f"{teaching}:build", f"{teaching}:data"
+    words = ["--data", data, "--train", data, "--loss", f"{teaching}:loss", "--augment", f"{teaching}:augment"]
+    start = [command, model] if command == "optimize" else [command, tmp_path, "--model", model]
+    status, _, err = call(*start, *words, "--into", tmp_path / "new")
+    assert (status, "far enough" in err) == (2, True)
+    loss, augment = given["loss"], given["augment"]
+    assert callable(loss)
+    assert callable(augment)
+    assert (loss.__name__, augment((1,))) == ("loss", (1,))
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("--loss", "{}:loss"), "give --train"),
+        (("--train", "{}:data", "--loss", "{}:of_one"), "the model's answer and the targets"),
+        (("--train", "{}:data", "--augment", "{}:loss"), "a tuple of tensors"),
+        (("--train", "{}:data", "--augment", "{}:build"), "a tuple of tensors"),
+        (("--train", "{}:data", "--loss", "{}:nothing"), "no function 'nothing'"),
+        (("--train", "{}:data", "--loss", "mine"), "FILE.py:FUNCTION"),
+    ],
+)
+def test_a_way_to_teach_that_can_not_be_is_refused(
+    call, teaching: str, tmp_path: Path, words: tuple[str, ...], told: str
+) -> None:
+    model, data = f"{teaching}:build", f"{teaching}:data"
+    options = [word.format(teaching) for word in words]
+    status, _, err = call("optimize", model, "--data", data, "--into", tmp_path / "new", *options)
+    assert status == 2
+    assert told in err
+    assert not (tmp_path / "new").exists()
 
 
 def test_run_answers_a_file_of_inputs(call, bundle: Path, tmp_path: Path) -> None:

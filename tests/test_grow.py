@@ -16,6 +16,7 @@ from torch import nn
 
 from accelerando.adoption import adopt
 from accelerando.errors import Reason, RefusalError
+from accelerando.machine import Machine
 from accelerando.techniques._parity import ensure_same, ensure_same_onnx
 from accelerando.techniques.export_onnx import ExportOnnx
 from accelerando.techniques.grow import Grow
@@ -264,6 +265,20 @@ def test_a_model_that_would_answer_otherwise_is_refused() -> None:
     with pytest.raises(RefusalError) as caught:
         Grow(width=2.0, depth=1.0).apply(model, data, Path())
     assert caught.value.reason is Reason.UNSUPPORTED
+
+
+def test_it_is_taught_with_labels_or_not_at_all() -> None:
+    module, rows, labels = mlp().eval(), floats(96, 6), np.arange(96) % 3
+
+    def planned(train: Any, data: Any, metric: str) -> RefusalError | None:
+        return Grow().refuse(adopt(module, data, train=train, metric=metric).teachable, Machine.look())
+
+    assert planned((rows, labels), (rows, labels), "accuracy") is None
+    for train, data, metric in ((rows, (rows, labels), "accuracy"), ((rows, labels), rows, "agreement")):
+        refusal = planned(train, data, metric)
+        assert refusal is not None
+        assert refusal.reason is Reason.NOTHING_TO_DO
+        assert "give train= with targets" in refusal.detail
 
 
 @pytest.mark.parametrize("knobs", [{"width": 0.9}, {"depth": 0.5}, {"width": 1.0, "depth": 1.0}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from accelerando import ModelError, UsageError, accelerate, load, refresh
 from accelerando.adoption import adopt
 from accelerando.backends.onnxruntime import Onnxruntime
+from accelerando.bundle import Bundle
 from accelerando.demo import digits
 from accelerando.errors import Reason, RefusalError
 from accelerando.goal import Goal
@@ -78,9 +80,9 @@ def taught(x: Any, y: Any, seed: int, model: Any = None, steps: int = 150) -> An
     return model.eval()
 
 
-def site(case: Case, folder: Path) -> Site:
+def site(case: Case, folder: Path, asked: str = "drop <= 5%", seconds: float = 600) -> Site:
     workload = adopt(case.model, case.test, train=case.train, metric="accuracy")
-    goal, budget = Goal.parse("drop <= 5%"), Budget(600)
+    goal, budget = Goal.parse(asked), Budget(seconds)
     return Site(folder, workload, Machine.look(), goal, budget, original_recipe(workload.model, {"eager": eager()}))
 
 
@@ -136,3 +138,27 @@ def test_new_weights_need_no_search(case: Case, tmp_path: Path) -> None:
         refresh(tmp_path / "old", Deep(depth=6).eval(), case.test, tmp_path / "third", train=case.train)
     with pytest.raises(UsageError, match="another folder"):
         refresh(tmp_path / "old", newer, case.test, tmp_path / "old", train=case.train)
+
+
+def test_a_refresh_goes_on_from_what_the_search_has_taught(case: Case, tmp_path: Path) -> None:
+    with site(case, tmp_path / "old", "drop <= 90%", 30) as where:
+        history: tuple[Any, ...] = ()
+        for recipe in (where.original, cut(5, 6)):
+            history = where.note(history, attempt(Proposal(recipe, ""), where.grounds, history, 600))
+        where.finish(history, lambda recipe, what: None)
+    newer = taught(*case.train, seed=1, model=copy.deepcopy(case.model).train(), steps=20)
+    given = {"train": case.train, "budget": "30s", "progress": False}
+    new = refresh(tmp_path / "old", newer, case.test, tmp_path / "new", **given)
+    assert lessons(new.bundle) == [5, 6, 8]
+    again = refresh(tmp_path / "new", case.model, case.test, tmp_path / "third", **given)
+    assert lessons(again.bundle) == [5, 6, 8, 8]
+    for bundle in (new.bundle, again.bundle):
+        log = bundle.trials[-1].log
+        assert sum(line.startswith("distil: curve 0:") for line in log) == 1  # only the last was given now
+
+
+def lessons(bundle: Bundle) -> list[int]:
+    """Seconds of the lessons of the one recipe beyond the original that was tried."""
+    _, trial = bundle.trials
+    assert trial.verified is not None
+    return [step.knobs["seconds"] for step in trial.recipe.steps if step.name == "distil"]

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from certificates import self_signed
 from clients import programs_of
 from test_isolation import linear
 
@@ -114,7 +116,12 @@ def test_what_was_accepted_is_answered_when_it_is_told_to_end(running: Running) 
     """A request of which half has come when SIGTERM comes: it is answered, and nobody else is let in."""
     host, port = running.url.removeprefix("http://").split(":")
     body = json.dumps(ROW).encode()
-    lines = ["POST /v2/models/lin/infer HTTP/1.1", "host: x", "content-type: application/json", "connection: close"]
+    lines = [
+        "POST /v2/models/lin/infer HTTP/1.1",
+        "host: localhost",
+        "content-type: application/json",
+        "connection: close",
+    ]
     head = "\r\n".join([*lines, f"content-length: {len(body)}", "", ""])
     with socket.create_connection((host, int(port)), timeout=60) as begun:
         begun.sendall(head.encode() + body[:20])
@@ -202,6 +209,49 @@ def test_the_log_is_lines_of_json(running: Running, tmp_path: Path) -> None:
     assert any(line["message"] == "loaded" and line["model"] == "lin" for line in lines)
 
 
+def test_encryption_by_the_flags_is_of_both_protocols(tmp_path: Path) -> None:
+    grpc = pytest.importorskip("grpc")
+    certificate, key = self_signed(tmp_path)
+    running = start(bundle_at(tmp_path / "b"), "--certificate", str(certificate), "--key", str(key))
+    try:
+        assert running.url.startswith("https://127.0.0.1:")
+        with httpx.Client(verify=ssl.create_default_context(cafile=certificate)) as client:
+            for _ in range(2):  # the second on the same connection
+                reply = running.ask(client)
+                assert reply.status_code == 200, reply.text
+                assert reply.json()["outputs"][0]["data"] == ANSWER
+        with pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED"):
+            running.ask()
+        with pytest.raises(httpx.TransportError):
+            httpx.get(running.url.replace("https", "http"), timeout=60)
+        known = grpc.ssl_channel_credentials(certificate.read_bytes())
+        with grpc.secure_channel(running.grpc, known) as channel:
+            live = channel.unary_unary("/inference.GRPCInferenceService/ServerLive")
+            assert live(b"", timeout=60) == b"\x08\x01"  # live: true
+    finally:
+        running.stop()
+    assert running.process.returncode == 0
+
+
+def test_it_answers_to_its_own_names_and_to_those_that_are_allowed(tmp_path: Path) -> None:
+    running = start(bundle_at(tmp_path / "b"), "--allow-host", "models.example", "--allow-host", "two.example")
+    try:
+        for host, status in [
+            ("models.example", 200),
+            ("two.example:80", 200),
+            ("localhost", 200),
+            ("evil.example", 403),
+        ]:
+            for reply in (
+                httpx.get(f"{running.url}/v2", headers={"host": host}, timeout=60),
+                httpx.post(f"{running.url}/v2/models/lin/infer", json=ROW, headers={"host": host}, timeout=60),
+            ):
+                assert reply.status_code == status, reply.text
+                assert status == 200 or "not 'evil.example', but" in reply.json()["error"]
+    finally:
+        running.stop()
+
+
 def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) -> None:
     import asyncio
 
@@ -213,7 +263,7 @@ def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) ->
     shelf = Shelf({"lin": bundle}, lambda name, path: govern(path, goal="p99 <= 30s", audit=0, name=name))
     ports: list[int] = []
 
-    async def scenario() -> tuple[bytes, bytes]:
+    async def scenario() -> tuple[bytes, bytes, bytes]:
         service = Service(port=0, most_connections=2, head_seconds=0.5)
         serving = asyncio.create_task(serve_all(shelf, service, lambda port, _: ports.append(port)))
         while not ports:
@@ -222,17 +272,23 @@ def test_a_slow_client_is_hung_up_on_and_too_many_are_told_so(tmp_path: Path) ->
         refused = await asyncio.wait_for(third[0].read(), 30)
         slow[1].write(b"GET /v2 HTTP/1.1\r\nhost: x\r\n")
         hung_up = await asyncio.wait_for(slow[0].read(), 30)
-        for _, writer in (slow, idle, third):
+        assert await asyncio.wait_for(idle[0].read(), 30) == b""
+        again = await asyncio.open_connection("127.0.0.1", ports[0])
+        again[1].write(b"GET /v2/health/live HTTP/1.1\r\nhost: x\r\n\r\nGET /v2 HTTP/1.1\r\nhost")  # one and a half
+        answered = await asyncio.wait_for(again[0].read(), 30)
+        for _, writer in (slow, idle, third, again):
             writer.close()
         os.kill(os.getpid(), signal.SIGTERM)
         await asyncio.wait_for(serving, 60)
-        return refused, hung_up
+        return refused, hung_up, answered
 
-    refused, hung_up = asyncio.run(scenario())
+    refused, hung_up, answered = asyncio.run(scenario())
     shelf.close()
     assert b"503" in refused
     assert json.loads(refused.split(b"\r\n\r\n")[1])["error"]
     assert hung_up == b""
+    assert answered.startswith(b"HTTP/1.1 200")
+    assert answered.count(b"HTTP/1.1") == 1
 
 
 def test_the_example_asks_a_served_model_by_tritonclient(tmp_path: Path) -> None:
@@ -287,6 +343,8 @@ def digits_like(folder: Path) -> Path:
         (["--tokens", "nowhere"], "there is no file nowhere"),
         (["--max-body", "lots"], "--max-body must be"),
         (["--governor", "nervous"], "steady, balanced"),
+        (["--allow-host", "http://models.example"], "without scheme and port"),
+        (["--certificate", __file__, "--key", __file__, "--grpc-port", "-1"], "a certificate and its key, as PEM"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_served(tmp_path: Path, options: list[str], message: str) -> None:

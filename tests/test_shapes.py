@@ -43,6 +43,11 @@ class Thin(Cut):
 
 
 @dataclass(frozen=True)
+class Crush(Cut):
+    """What it takes away no lesson brings back."""
+
+
+@dataclass(frozen=True)
 class Teach(Paper, Technique):
     seconds: int = 60
     takes, gives, stage = Form.TORCH, Form.TORCH, Stage.HEAL
@@ -52,22 +57,24 @@ class Teach(Paper, Technique):
 
 SHAPES = {"shallow": Shallow, "thin": Thin}
 SPACE = Space.plan(MODEL, MACHINE, {**TECHNIQUES, **SHAPES, "teach": Teach}, BACKENDS)
-SAVES = {"shallow": 0.9, "thin": 0.5}  # speed's exponent
-COSTS = {"shallow": 1.0, "thin": 2.0}  # how hard a cut is to heal
+SAVES = {"shallow": 0.9, "thin": 0.5, "crush": 0.9}  # speed's exponent
+COSTS = {"shallow": 1.0, "thin": 2.0, "crush": 1.0}  # how hard a cut is to heal
 
 
 def shaped(recipe: Recipe) -> tuple[float, float]:
     """(speedup, drop) of a recipe in this world; a lesson takes away what a cut lost, as fast as its seconds go by."""
     speed, drop = truth(Recipe(tuple(s for s in recipe.steps if s.stage > Stage.HEAL), recipe.backend))
-    wound = 0.0
+    wound = lost = 0.0
     for step in front_of(recipe):
+        if step.name == "crush":
+            lost = 0.5
         if step.stage is Stage.SHAPE:
             depth = -math.log1p(-float(step.knobs["share"]))  # type: ignore[arg-type]
             speed *= math.exp(SAVES[step.name] * depth)
             wound += 0.3 * COSTS[step.name] * depth
         else:
             wound *= math.exp(-float(step.knobs["seconds"]) / 40)  # type: ignore[arg-type]
-    return speed, drop + wound
+    return speed, drop + wound + lost
 
 
 def search(goal: Goal, seconds: float = 1800, space: Space = SPACE) -> tuple[list[Trial], Clock]:
@@ -129,6 +136,14 @@ def test_most_time_goes_to_the_shape_that_heals_best() -> None:
         if len(names) == 1:
             seconds[names.pop()] += float(front_of(trial.recipe)[-1].knobs["seconds"])  # type: ignore[arg-type]
     assert seconds["shallow"] > seconds["thin"]
+
+
+def test_what_one_lesson_did_not_help_gets_no_longer_one() -> None:
+    space = Space.plan(MODEL, MACHINE, {**TECHNIQUES, "crush": Crush, "teach": Teach}, BACKENDS)
+    trials, _ = search(WANTED, space=space)
+    fronts = [front_of(t.recipe) for t in lessons(trials)]
+    assert fronts
+    assert all([s.stage for s in front].count(Stage.HEAL) == 1 for front in fronts)
 
 
 def test_without_a_speed_to_reach_the_ladder_is_climbed_step_by_step() -> None:

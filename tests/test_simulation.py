@@ -414,19 +414,29 @@ def test_a_bundle_is_simulated_from_its_evidence(tmp_path: Path) -> None:
     assert ours.attainment > 0.99
 
 
-def test_where_lower_is_better_a_late_answer_is_still_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Qualities become shares of the original's, so that 0 is worse than any."""
+def test_where_less_is_better_there_is_no_effective_quality(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An answer that never came has no error; counted as 0 it would be the best of all."""
     with fakes_known():
         bundle = write_bundle(tmp_path / "bundle")
     made = [fake_rung(s, d, metric="mae", quality=2.0, level=i) for i, (s, d) in enumerate([(1, 0.0), (3, 0.5)])]
     monkeypatch.setattr(Bundle, "open", lambda path, **_: replace(bundle, ladder=Ladder(tuple(made))))
     found = simulate_bundle("bundle", "gamma(rate=150, cv2=4, seconds=5)", "p99 <= 100ms, drop <= 10%")
     first, second = (r.quality for r in found.rungs)
-    assert first == pytest.approx(1.0)
-    assert second == pytest.approx(2.0 / 2.5, rel=0.02)
-    assert found.terms.asked == pytest.approx(1 / 1.1, rel=0.01)
-    assert "of the original's" in shown.render(found)
-    assert all(0 <= o.effective_quality <= found.most_quality for o in found.outcomes)
+    assert first == pytest.approx(-2.0, rel=0.02)
+    assert second == pytest.approx(-2.5, rel=0.02)
+    assert found.terms.asked == pytest.approx(1.1 * first), "the bank counts in the metric's own unit, as it will"
+    outcomes = {o.policy: o for o in found.outcomes}
+    assert outcomes["rung 0 always"].quality == pytest.approx(-first)
+    assert outcomes["rung 1 always"].quality == pytest.approx(-second)
+    assert all(math.isnan(o.effective_quality) for o in found.outcomes)
+    assert math.isnan(found.most_quality)
+    text, curves = shown.render(found), shown.course(found)
+    assert "less mae is better" in text
+    assert "could not have had more" not in text
+    assert curves["layout"]["yaxis"]["title"]["text"] == "share on time"
+    assert all(0 <= y <= 1 for line in curves["data"] for y in line["y"] if y is not None)
+    assert shown.plane(found)["layout"]["yaxis"]["autorange"] == "reversed"
+    assert "nan" not in shown.page(found).partition("<main")[2].partition("<script")[0]
 
 
 def small() -> Simulation:

@@ -6,16 +6,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from accelerando import manifest as law
-from accelerando.disk import check_files, join, read_file, write_file
+from accelerando.disk import check_file, check_files, copy_file, join, read_file, write_file
 from accelerando.errors import (
     BrokenPluginError,
     BundleError,
@@ -37,6 +39,7 @@ from accelerando.trial import Trial
 SCHEMA = law.SCHEMA
 PROFILE_BYTES = 64 * 2**20
 JOURNAL_BYTES = 2**30
+STUDENT_BYTES = 2**32
 TRIAL = Open({"recipe": {"steps": [law.PARTS], "backend": law.PARTS}, "seconds": Number(0, 1e9, float), "log": [str]})
 OUTCOMES = {
     "verified": {"artifact": [law.FILE], "evidence": law.EVIDENCE},
@@ -68,7 +71,7 @@ class Bundle:
             accelerando (version), command (how to reproduce it).
         created: ISO time at which the manifest was written.
         summaries: what the manifest says of each rung in plain figures; the evidence is what counts.
-        parity_file, profile_file: as the manifest describes them.
+        parity_file, profile_file, student_files: as the manifest describes them.
     """
 
     path: Path
@@ -84,6 +87,7 @@ class Bundle:
     summaries: tuple[Mapping[str, Any], ...] = ()
     parity_file: File | None = None
     profile_file: File | None = None
+    student_files: tuple[File, ...] = ()
 
     @classmethod
     def open(cls, path: str | Path, *, hashes: bool = True) -> Bundle:
@@ -103,6 +107,7 @@ class Bundle:
         for file, most in ((bundle.parity_file, PARITY_BYTES), (bundle.profile_file, PROFILE_BYTES)):
             if file:
                 read_file(path, file.path, most, "missing-file", file if hashes else None)
+        bundle._check_students(hashes=hashes)
         return bundle
 
     @classmethod
@@ -120,11 +125,16 @@ class Bundle:
         run: Mapping[str, Any],
         profile: Mapping[str, Any] | None = None,
         parity: Parity | None = None,
+        students: Mapping[str, Path] = MappingProxyType({}),
     ) -> Bundle:
         """Write the manifest over artifacts that lie in `rungs/<recipe key>/` already, all or nothing.
 
         The former manifest stays whole and true until the new one takes its place; what only the former needed is
         removed after that.
+
+        Args:
+            students: files of weights, by the key of the steps that they were taught in; those that are larger than
+                a reader takes are left out.
 
         Raises:
             BundleError: `no-room`: the disk is full; `missing-file` or `size`: an artifact is not in its place;
@@ -147,6 +157,7 @@ class Bundle:
             "rungs": [law.rung_to_json(rung) for rung in ladder.rungs],
             "parity": None,
             "profile": None,
+            "students": [dataclasses.asdict(file) for file in _kept(path, students)],
         }
         for name, kind, content in (
             ("parity", "npz", None if parity is None else parity.to_bytes()),
@@ -162,6 +173,7 @@ class Bundle:
         bundle = cls._of(path, law.unseal(text))
         for rung in bundle.ladder.rungs:
             bundle.check_rung(rung, hashes=False, sync=True)
+        bundle._check_students(hashes=False, sync=True)
         for name, content in extras.items():
             write_file(path / name, content)
         write_file(path / "manifest.json", text)
@@ -189,6 +201,7 @@ class Bundle:
             summaries=tuple(r["summary"] for r in data["rungs"]),
             parity_file=law.file_from_json(data["parity"]),
             profile_file=law.file_from_json(data["profile"]),
+            student_files=tuple(File(**f) for f in data["students"]),
         )
 
     def folder(self, rung: Rung) -> Path:
@@ -198,6 +211,15 @@ class Bundle:
     def check_rung(self, rung: Rung, *, hashes: bool = True, sync: bool = False) -> None:
         """Raises BundleError where the files of a rung are not those that the manifest describes."""
         check_files(self.path, f"rungs/{rung.recipe.key}", rung.artifact.files, hashes=hashes, sync=sync)
+
+    def _check_students(self, *, hashes: bool, sync: bool = False) -> None:
+        for file in self.student_files:
+            check_file(self.path, file.path, file, hashes=hashes, sync=sync, most=STUDENT_BYTES)
+
+    @property
+    def students(self) -> dict[str, Path]:
+        """Where the weights lie that lessons ended with, as safetensors, by the key of all steps up to the lesson."""
+        return {law.student_key(file): self.path / file.path for file in self.student_files}
 
     def check_workload(self, digest: str) -> None:
         """Raises BundleError `other-model` where the evidence here is about another model or other data."""
@@ -309,6 +331,22 @@ class Bundle:
         for file in self.path.iterdir():
             if law.is_extra(file.name) and file.name not in named:
                 file.unlink(missing_ok=True)
+        taught = {f.path for f in self.student_files}
+        for file in (self.path / "students").glob("*"):
+            if law.is_student(f"students/{file.name}") and f"students/{file.name}" not in taught:
+                file.unlink(missing_ok=True)
+
+
+def _kept(path: Path, students: Mapping[str, Path]) -> Iterator[File]:
+    """The files of students, each put into its place; without those that are larger than a reader takes."""
+    for key, source in sorted(students.items()):
+        if source.stat().st_size > STUDENT_BYTES:
+            continue
+        file = law.student(key, source)
+        target = path / file.path
+        if not target.exists() or File.of(target, path) != file:
+            copy_file(source, target)
+        yield file
 
 
 def _trial(data: Any) -> Trial:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,6 +20,12 @@ app = typer.Typer(
 )  # fmt: skip
 GoalOption = Annotated[str, typer.Option(help='what is asked for, as in "speedup >= 4, drop <= 1%"')]
 BudgetOption = Annotated[str, typer.Option(help='how long it may take, as in "6min"')]
+LossOption = Annotated[
+    str | None, typer.Option(help="for retraining: loss.py:function of (answer, targets), giving a scalar tensor")
+]
+AugmentOption = Annotated[
+    str | None, typer.Option(help="for retraining: augment.py:function of a tuple of input tensors, giving another")
+]
 BundleArgument = Annotated[Path, typer.Argument(help="the bundle's folder")]
 
 
@@ -63,6 +71,8 @@ def optimize(
     into: Annotated[Path, typer.Option(help="the bundle's folder")] = Path("bundle"),
     train: Annotated[str | None, typer.Option(help="data to calibrate and retrain with: data.py:load, or .npz")] = None,
     metric: Annotated[str | None, typer.Option(help="a metric's name, or metric.py:function")] = None,
+    loss: LossOption = None,
+    augment: AugmentOption = None,
     prefer: Annotated[str | None, typer.Option(help="quality or speed")] = None,
     memory_limit: Annotated[int | None, typer.Option(help="MB that a candidate may hold")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on with the search that is in the folder")] = False,
@@ -77,9 +87,11 @@ def optimize(
     if into.is_dir() and any(into.iterdir()) and not resume:
         raise UsageError(f"{into} is there already; --resume goes on with its search, --into names another folder")
     limit = memory_limit * 2**20 if memory_limit else None
+    ways = _ways_to_teach(train, loss, augment)
     result = accelerate(
         read_model(model), read_data(data), goal, train=read_data(train) if train else None, metric=_metric(metric),
         budget=budget, into=into, prefer=prefer, memory_limit=limit, origin=model, progress=not quiet,
+        **ways,
     )  # fmt: skip
     _finish(result, html)
 
@@ -92,6 +104,8 @@ def refresh(
     into: Annotated[Path, typer.Option(help="the new bundle's folder")],
     train: Annotated[str | None, typer.Option(help="training data, where recipes heal: data.py:load, or .npz")] = None,
     metric: Annotated[str | None, typer.Option(help="a metric's name, or metric.py:function")] = None,
+    loss: LossOption = None,
+    augment: AugmentOption = None,
     budget: Annotated[str | None, typer.Option(help="how long it may take; a fifth of the search otherwise")] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="no progress")] = False,
 ) -> None:
@@ -100,9 +114,10 @@ def refresh(
     from accelerando import renewal
     from accelerando.targets import read_data, read_model
 
+    ways = _ways_to_teach(train, loss, augment)
     result = renewal.refresh(
         bundle, read_model(model), read_data(data), into, train=read_data(train) if train else None,
-        metric=_metric(metric), budget=budget, origin=model, progress=not quiet,
+        metric=_metric(metric), budget=budget, origin=model, progress=not quiet, **ways,
     )  # fmt: skip
     _finish(result, None)
 
@@ -226,6 +241,7 @@ def serve(
     max_body: Annotated[str, typer.Option(help="of one request")] = "64MiB",
     log: Annotated[Path | None, typer.Option(help="file for the log, lines of JSON; else standard error")] = None,
     traces: Annotated[str | None, typer.Option(help="OpenTelemetry collector, http://host:4318")] = None,
+    allow_host: Annotated[list[str] | None, typer.Option(help="a name that requests may call it by; many")] = None,
 ) -> None:
     """Serve bundles by the Open Inference Protocol (HTTP and gRPC), with a dashboard at /."""
     _need("uvicorn", "httptools", "prometheus_client", "grpc", extra="serve")
@@ -235,7 +251,7 @@ def serve(
         bundles,
         Wishes(
             goal, host, port, grpc_port, memory, governor, audit, isolate, watch, tokens, certificate, key, max_body,
-            log, traces,
+            log, traces, allow_host or (),
         ),
         typer.echo,
     )  # fmt: skip
@@ -290,6 +306,42 @@ def _metric(name: str | None) -> Any:
     from accelerando.targets import find_target
 
     return find_target(name)
+
+
+def _ways_to_teach(train: str | None, loss: str | None, augment: str | None) -> dict[str, Callable[..., Any] | None]:
+    """The user's own functions for retraining, by the names that the library has for them.
+
+    Raises:
+        UsageError: one is given without data to retrain with, is not there, or does not take what it will be given.
+    """
+    from accelerando.targets import find_target
+
+    found: dict[str, Callable[..., Any] | None] = {}
+    for option, target, given in (
+        ("loss", loss, ("the model's answer", "the targets")),
+        ("augment", augment, ("a tuple of tensors",)),
+    ):
+        if target and not train:
+            raise UsageError(
+                f"--{option} {target} is for retraining, and there is nothing to retrain with: give --train"
+            )
+        found[option] = find_target(target) if target else None
+        if found[option] is not None and not _takes(found[option], len(given)):
+            raise UsageError(f"--{option} {target} must be a function of {' and '.join(given)}, by position")
+    return found
+
+
+def _takes(function: Any, count: int) -> bool:
+    """Whether a function can be called with so many arguments by position, as far as it tells."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
 
 
 def _need(*packages: str, extra: str = "optimize") -> None:

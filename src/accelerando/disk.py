@@ -5,7 +5,9 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import math
 import os
+import shutil
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,13 +70,7 @@ def check_files(root: Path, folder: str, files: Sequence[File], *, hashes: bool,
         BundleError: `missing-file`, `link`, `not-a-file`, `size`, `hash`, or `unlisted`.
     """
     for file in files:
-        path = join(root, f"{folder}/{file.path}")
-        if (size := _size(path, "missing-file")) != file.bytes:
-            raise BundleError("size", f"{path} has {size} bytes, but the manifest says {file.bytes}")
-        if hashes and File.of(path, root / folder).sha256 != file.sha256:
-            raise BundleError("hash", f"{path} is not what was written (its hash differs); copy the bundle again")
-        if sync:
-            _sync(path)
+        check_file(root, f"{folder}/{file.path}", file, hashes=hashes, sync=sync)
     known = {file.path for file in files}
     for place, folders, names in os.walk(root / folder):
         for name in (*folders, *names):
@@ -83,6 +79,28 @@ def check_files(root: Path, folder: str, files: Sequence[File], *, hashes: bool,
             join(root, f"{folder}/{inner}")
             if inner not in known and not path.is_dir():
                 raise BundleError("unlisted", f"{path} is not in the manifest, and a backend might read it; remove it")
+
+
+def check_file(root: Path, name: str, file: File, *, hashes: bool, sync: bool = False, most: float = math.inf) -> None:
+    """Hold one file against its description, without reading it at once.
+
+    Args:
+        most: bytes that it may have.
+        sync: see to it that it is on the disk.
+
+    Raises:
+        BundleError: `missing-file`, `link`, `not-a-file`, `too-big`, `size`, or `hash`.
+    """
+    path = join(root, name)
+    size = _size(path, "missing-file")
+    if size > most:
+        raise BundleError("too-big", f"{path} has {size} bytes; at most {most} are read")
+    if size != file.bytes:
+        raise BundleError("size", f"{path} has {size} bytes, but the manifest says {file.bytes}")
+    if hashes and File.of(path, root).sha256 != file.sha256:
+        raise BundleError("hash", f"{path} is not what was written (its hash differs); copy the bundle again")
+    if sync:
+        _sync(path)
 
 
 def write_file(path: Path, content: bytes) -> None:
@@ -107,6 +125,24 @@ def write_file(path: Path, content: bytes) -> None:
                 f"there is no room for {path} ({len(content)} bytes): {error.strerror}; what was there before is "
                 "still there; free some space and resume",
             ) from error
+        raise
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, whole or not at all, without reading it at once.
+
+    Raises:
+        BundleError: `no-room`.
+    """
+    target.parent.mkdir(exist_ok=True)
+    beside = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        shutil.copyfile(source, beside)
+        beside.replace(target)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        if error.errno in NO_ROOM:
+            raise BundleError("no-room", f"there is no room for {target}: {error.strerror}; free some space") from error
         raise
 
 

@@ -12,6 +12,7 @@ import math
 import re
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from accelerando.errors import BundleError
@@ -30,6 +31,7 @@ MANIFEST_BYTES = 64 * 2**20
 ARRAY_NUMBERS = 20_000_000  # in one array of evidence
 RUNGS = 1000
 FILES = 10_000  # of one rung
+STUDENTS = 1000
 RESERVED = {"con", "prn", "aux", "nul", *(f"{port}{i}" for port in ("com", "lpt") for i in range(1, 10))}
 
 CONTROL = r"[\x00-\x08\x0b-\x1f\x7f-\x9f]"  # no text may hold it, for it is printed to terminals
@@ -82,7 +84,7 @@ MANIFEST = {
     "goal": {"text": LINE, "prefer": NAME},
     "verdict": {"outcome": OUTCOME, "checks": [CHECK]},
     "best": KEY, "signature": SIGNATURE, "machine": MACHINE, "workload": Open(WORKLOAD), "run": Open(RUN),
-    "rungs": [RUNG], "parity": Maybe(FILE), "profile": Maybe(FILE), "seal": HASH,
+    "rungs": [RUNG], "parity": Maybe(FILE), "profile": Maybe(FILE), "students": [FILE], "seal": HASH,
 }  # fmt: skip
 
 
@@ -110,8 +112,10 @@ def unseal(text: bytes) -> dict[str, Any]:
         raise BundleError(
             "seal", f"manifest.json was changed or damaged: its content gives {actual[:12]}; copy the bundle again"
         )
+    data = {"students": [], **data}  # bundles from before there were any do without
     check(data, MANIFEST, "manifest")
     _check_rungs(data)
+    _check_students(data["students"])
     for name in ("parity", "profile"):
         if data[name] is not None and not is_extra(data[name]["path"]):
             raise BundleError("path", f"manifest.{name}.path must be {name}-<12 digits>.*, at the top of the bundle")
@@ -139,6 +143,17 @@ def _check_rungs(data: Mapping[str, Any]) -> None:
         if not 1 <= len(rung["files"]) <= FILES:
             raise BundleError("rungs", f"{where} must have 1 to {FILES} files, but has {len(rung['files'])}")
         check_paths((f["path"] for f in rung["files"]), where)
+
+
+def _check_students(files: list[dict[str, Any]]) -> None:
+    if wrong := [f["path"] for f in files if not is_student(f["path"])]:
+        raise BundleError(
+            "path", f"manifest.students: {wrong[0][:80]!r} must be students/<12 digits>-<12 digits>.safetensors"
+        )
+    if len(files) > STUDENTS or len({student_key(File(**f)) for f in files}) < len(files):
+        raise BundleError(
+            "students", f"there must be at most {STUDENTS} students, each of other steps, but there are {len(files)}"
+        )
 
 
 def check_paths(paths: Iterable[str], where: str) -> None:
@@ -319,6 +334,22 @@ def described(name: str, kind: str, content: bytes) -> dict[str, Any]:
 def is_extra(name: str) -> bool:
     """Whether a file's name is one that `described` gives."""
     return re.fullmatch(r"(parity-[0-9a-f]{12}\.npz|profile-[0-9a-f]{12}\.json)", name) is not None
+
+
+def student(key: str, path: Path) -> File:
+    """The weights of a student, as the manifest names them: after the key of its steps, and their content."""
+    file = File.of(path, path.parent)
+    return dataclasses.replace(file, path=f"students/{key}-{file.sha256[:12]}.safetensors")
+
+
+def student_key(file: File) -> str:
+    """The key of the steps that a student has been through."""
+    return file.path.removeprefix("students/")[:12]
+
+
+def is_student(name: str) -> bool:
+    """Whether a path is one that `student` gives."""
+    return re.fullmatch(r"students/[0-9a-f]{12}-[0-9a-f]{12}\.safetensors", name) is not None
 
 
 def is_key(name: str) -> bool:

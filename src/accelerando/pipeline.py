@@ -136,7 +136,7 @@ def _phase(proposal: Proposal) -> str:
     front = front_of(proposal.recipe)
     if not front:
         return "looking for faster recipes"
-    return "healing a shape that is fast enough" if front[-1].stage is Stage.HEAL else "measuring a smaller shape"
+    return "healing a shape that is fast enough" if front[-1].stage is Stage.HEAL else "measuring a shape"
 
 
 def must_run(trial: Trial) -> None:

@@ -155,7 +155,7 @@ class Technique(Plugin):
     """Changes a model.  Subclasses are frozen dataclasses; every field is a knob with a default.
 
     One of the stage SHAPE has a knob `share`: the share, between 0 and 1, of what it cuts that it takes away.  The
-    search turns it until the speed is the one that is wanted.
+    search turns it until the speed is the one that is wanted.  One that adds has `width` and `depth`: times, above 1.
     """
 
     takes: ClassVar[Form]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import pickle
@@ -10,16 +11,19 @@ from typing import Any
 
 import numpy as np
 
-from accelerando.bundle import Bundle
+from accelerando.bundle import STUDENT_BYTES, Bundle
 
 from .making import (
     attack,
+    edit,
     npy,
     npz,
     reads_trials,
     replace_extra,
     verifies,
 )
+
+KEY = "0123456789ab"
 
 
 class Payload:
@@ -79,3 +83,42 @@ def a_trial_without_an_outcome(path: Path) -> None:
 @attack("not-json", lambda path: Bundle.open(path).profile)
 def a_profile_that_is_not_json(path: Path) -> None:
     replace_extra(path, "profile", b"__import__('os').system('id')")
+
+
+def add_student(path: Path, /, key: str = KEY, content: bytes = b"weights", **said: Any) -> None:
+    """Weights of a student, as someone who knows the format would add them."""
+    digest = hashlib.sha256(content).hexdigest()
+    file = {"path": f"students/{key}-{digest[:12]}.safetensors", "bytes": len(content), "sha256": digest}
+    (path / "students").mkdir(exist_ok=True)
+    (path / file["path"]).write_bytes(content)
+    edit(path, lambda data: data["students"].append({**file, **said}))
+
+
+@attack("hash")
+def one_bit_of_a_student(path: Path) -> None:
+    add_student(path)
+    next(path.glob("students/*")).write_bytes(b"weighty")
+
+
+@attack("too-big")
+def a_student_that_fills_the_memory(path: Path) -> None:
+    add_student(path, bytes=STUDENT_BYTES + 1)
+    os.truncate(next(path.glob("students/*")), STUDENT_BYTES + 1)  # a hole: it takes no room on the disk
+
+
+@attack("path")
+def a_student_from_elsewhere(path: Path) -> None:
+    add_student(path, path=f"students/../../{KEY}-{KEY}.safetensors")
+
+
+@attack("link")
+def a_student_that_lies_outside(path: Path) -> None:
+    add_student(path)
+    (path / "students").rename(path.parent / "outside")
+    (path / "students").symlink_to(path.parent / "outside")
+
+
+@attack("students")
+def two_students_of_the_same_steps(path: Path) -> None:
+    add_student(path)
+    add_student(path, content=b"other weights")

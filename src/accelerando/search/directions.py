@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from accelerando.recipe import Technique
+from accelerando.recipe import Stage, Technique
 from accelerando.search.belief import share_of
 
+LARGER = ("width", "depth")  # the knobs of a technique that makes a model larger: times, above 1
 FAINT = 0.15  # what takes on less than this share of a cut is left out of it
 
 Direction = Mapping[str, float]  # by name of technique: its share of the cut, in logarithms; they sum to 1
@@ -17,6 +18,11 @@ def depth_of(step: Technique) -> float:
     """How deep a technique cuts: minus the logarithm of what it leaves."""
     share = share_of(step)
     return 0.0 if share is None else -math.log1p(-share)
+
+
+def grows(front: Sequence[Technique]) -> bool:
+    """Whether a step of a front takes nothing away but adds."""
+    return any(s.stage is Stage.SHAPE and s.knobs.keys() >= set(LARGER) for s in front)
 
 
 def direction_of(front: Sequence[Technique]) -> Direction:

@@ -19,6 +19,7 @@ from accelerando.measure.arm import LOAD_SECONDS, Subject
 from accelerando.measure.bench import Bench, examine
 from accelerando.measure.rounds import RACE, SCREEN, SELECT, Effort, Rounds, contest
 from accelerando.recipe import Artifact, File, Recipe, Stage
+from accelerando.search.directions import grows
 from accelerando.search.history import LOSSLESS_DROP, Proposal, front_of
 from accelerando.search.workshop import Built, Workshop
 from accelerando.trial import Evidence, Refused, Trial, Verified, thin
@@ -181,7 +182,8 @@ def _examine(recipe: Recipe, artifact: Artifact, grounds: Grounds, history: tupl
     if recipe.key == bench.original.recipe.key:
         grounds.adopt_original(artifact)
         return examine(subject, bench, "select", SELECT)
-    best = _best_lossless(history)
+    grown = grows(front_of(recipe)) and not goal.wants_speed  # slower on purpose, for quality that no other has
+    best = None if grown else _best_lossless(history)
 
     def too_slow(rounds: Rounds) -> RefusalError | None:
         """Slower than the best by the ratio and by the clock: others' load moves each of them, and seldom both."""

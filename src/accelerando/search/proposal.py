@@ -4,7 +4,8 @@ Explore while there is time: every technique and backend gets its first trial be
 that, of all recipes that are one step from what is known, the one that promises most for its cost, where the
 promise is the expected gain in speed times the probability that quality holds (Gardner et al. 2014, constrained
 expected improvement).  When that has had its share of the time, or nothing promises any more, cut the model and heal
-it (`shapes`).  Then race: the best and whatever can't be told from it are measured in the same rounds.
+it (`shapes`), or where there is speed to spare, make it larger and teach it more (`growth`).  Then race: the best and
+whatever can't be told from it are measured in the same rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from accelerando.goal import Goal
 from accelerando.recipe import Recipe
 from accelerando.search.belief import expected_gain, probability
 from accelerando.search.budget import Budget
+from accelerando.search.growth import next_growth
 from accelerando.search.history import (
     LOSSLESS_DROP,
     History,
@@ -53,7 +55,7 @@ def ask(space: Space, trials: Sequence[Trial], goal: Goal, budget: Budget) -> Pr
             found = _explore(space, history, goal, best, budget) or next_shape(space, history, goal, budget)
         else:
             found = next_shape(space, history, goal, budget) or _explore(space, history, goal, best, budget)
-        if found:
+        if found := found or next_growth(space, history, goal, budget):
             return found
     if budget.to_race > 0:
         return _race(history, best, goal, space.original)

@@ -18,12 +18,14 @@ from accelerando.recipe import Recipe, Stage, Technique
 from accelerando.search.belief import spread
 from accelerando.search.budget import Budget
 from accelerando.search.cuts import AIM, SHORTEST_LESSON, STEP, Cuts, Level
-from accelerando.search.history import LOSSLESS_DROP, History, Proposal, drop_of, front_of, tail_of
+from accelerando.search.history import LOSSLESS_DROP, History, Proposal, allowed_drop, drop_of, front_of, tail_of
 from accelerando.search.space import Space
 from accelerando.trial import Trial
 
 MOST_LESSONS = 3  # at a level that is not asked for; then a nearer one is tried
 FELT = 0.003  # relative drop by which quantizing is felt
+LEFT = 0.5  # of what was lost: a lesson that leaves more is the last, unless what is left is near what is allowed
+NEAR = 5.0  # times the drop that is allowed
 LONGER = 3  # how many times longer the next lesson is
 LESSON_SHARE = 1 / 20  # of the time to explore: the first lesson of a shape
 LONGEST_FIRST = 120  # seconds
@@ -33,14 +35,17 @@ def next_shape(space: Space, history: History, goal: Goal, budget: Budget) -> Pr
     """The next shape to measure, or the next lesson; None when nothing is worth its time."""
     if not space.shapes or not space.healers:
         return None
-    return _Lessons(Cuts(space, history, goal, budget)).next()
+    return Lessons(Cuts(space, history, goal, budget)).next()
 
 
 @dataclass(frozen=True)
-class _Lessons:
+class Lessons:
+    """Lessons for shapes that were measured."""
+
     _cuts: Cuts
 
     def next(self) -> Proposal | None:
+        """The next cut to measure or to heal."""
         if not self._cuts.tails:
             return None
         step = STEP
@@ -53,13 +58,17 @@ class _Lessons:
         return None
 
     def _at(self, level: Level) -> Proposal | None:
-        return self._cuts.measure(level) or self._heal(level) or self._other_tail(level)
+        if found := self._cuts.measure(level):
+            return found
+        shapes = sorted(self._cuts.shapes(level), key=drop_of)  # what lost least will heal soonest
+        return self.heal(shapes[: self._cuts.width(level)]) or self._other_tail(level)
 
-    def _heal(self, level: Level) -> Proposal | None:
-        """The next lesson of a level: a first one for each shape, then longer ones for the better half."""
-        shapes = sorted(self._cuts.shapes(level), key=drop_of)[
-            : self._cuts.width(level)
-        ]  # what lost least will heal soonest
+    def heal(self, shapes: Sequence[Trial], enough: float = LOSSLESS_DROP) -> Proposal | None:
+        """The next lesson: a first one for each shape, then longer ones for the better half.
+
+        Args:
+            enough: the relative drop at which lessons end, where quality is wanted.
+        """
         if not shapes:
             return None
         first = self._first_lesson()
@@ -68,7 +77,7 @@ class _Lessons:
             if proposal := self._lesson(shape.recipe, first, "its first lesson"):
                 return proposal
         best = self._best_taught(shapes)
-        if best is None or self._satisfied(best, shapes):
+        if best is None or self._satisfied(best, shapes, enough):
             return None
         rounds = [self._cuts.lessons_after(front_of(s.recipe)) for s in shapes]
         most = MOST_LESSONS if self._cuts.goal.wants_speed else math.inf
@@ -76,13 +85,20 @@ class _Lessons:
             if number >= most:
                 return None
             in_round = [lessons[number - 1] for lessons in rounds if len(lessons) >= number]
-            in_round = [t for t in in_round if t.evidence is not None]
+            in_round = [t for t in in_round if t.evidence is not None and self._learns(t)]
             in_round.sort(key=drop_of)
             for trial in in_round[: max(1, len(in_round) // 2)]:
                 longer = int(first * LONGER**number)
                 if proposal := self._lesson(trial.recipe, longer, f"lesson {number + 1}, for it healed best"):
                     return proposal
         return None
+
+    def _learns(self, trial: Trial) -> bool:
+        """Whether the last lesson brought enough for a longer one to be worth its time."""
+        lost, before = drop_of(trial), front_of(trial.recipe)[:-1]
+        untaught = [drop_of(t) for t in self._cuts.history.last.values() if front_of(t.recipe) == before]
+        within_reach = NEAR * allowed_drop(self._cuts.goal, trial.evidence)
+        return lost <= max(within_reach, LEFT * min(untaught, default=math.inf))
 
     def _lesson(self, recipe: Recipe, seconds: int, why: str) -> Proposal | None:
         """A lesson more for a recipe, cut short to the time that is left."""
@@ -117,12 +133,12 @@ class _Lessons:
         taught = [t for s in shapes for t in self._cuts.lessons_after(front_of(s.recipe)) if t.evidence]
         return min(taught, key=drop_of, default=None)
 
-    def _satisfied(self, best: Trial, shapes: Sequence[Trial]) -> bool:
+    def _satisfied(self, best: Trial, shapes: Sequence[Trial], enough: float) -> bool:
         """Whether more lessons would not help: it keeps its quality, and no more is wanted or to be had."""
         evidence = best.evidence
         if evidence is None or not self._cuts.keeps(evidence):
             return False
-        if self._cuts.goal.wants_speed or evidence.relative_drop.mid <= LOSSLESS_DROP:
+        if self._cuts.goal.wants_speed or evidence.relative_drop.mid <= enough:
             return True
         lessons = next(ts for s in shapes if best in (ts := self._cuts.lessons_after(front_of(s.recipe))))
         lessons = [t for t in lessons if t.evidence]

@@ -33,10 +33,12 @@ from accelerando.recipe import Artifact, Recipe, key_of
 from accelerando.search.budget import Budget
 from accelerando.search.certificate import certify, uncertified
 from accelerando.search.grounds import Grounds, check_files
+from accelerando.search.head_start import HeadStart, students_of
 from accelerando.search.log import Journal
+from accelerando.search.stored import rows_to_ask
 from accelerando.search.workshop import Workshop
 from accelerando.trial import Refused, Trial
-from accelerando.workload import Form, Model, Workload, filled
+from accelerando.workload import Form, Model, Workload
 
 MEMORY_SHARE = 0.8
 # Reasons that more room, time, packages or a repaired disk take away between one call and the next.
@@ -64,10 +66,11 @@ class Site:
         original: Recipe,
         memory_limit: int | None = None,
         origin: str | None = None,
+        head_start: HeadStart | None = None,
     ) -> None:
         self.into = Path(into)
         self.workload, self.machine, self.goal, self.budget = workload, machine, goal, budget
-        self.original, self.origin = original, origin
+        self.original, self.origin, self.head_start = original, origin, head_start
         self._before = _bundle_in(self.into, workload)
         self._check_room()
         self.work = self.into / "work"
@@ -83,7 +86,7 @@ class Site:
             subject = Subject(original, Artifact(()), self.work / "rungs" / original.key, skeleton)
             data = self.work / "data"
             bench = Bench(subject, workload.model.signature, workload.metric, data, machine, goal.batch, limit)
-            workshop = Workshop(workload, machine, self.work / "steps", data, limit)
+            workshop = Workshop(workload, machine, self.work / "steps", data, limit, head_start)
             self.grounds = Grounds(workshop, bench, goal, self.work)
         except BaseException:
             os.close(self._lock)
@@ -164,15 +167,13 @@ class Site:
 
     def finish(self, history: tuple[Trial, ...], doing: Callable[[Recipe, str], None]) -> Bundle:
         """Certify, profile, and write the bundle for good; the work folder goes."""
-        chunk = self.workload.select.chunks[0]
-        probe = filled(chunk.rows(slice(0, PROBE_ROWS)).inputs, self.workload.fixed_batch)
+        probe = rows_to_ask(self.workload)
         explored = self.budget.to_explore > 0
         ladder, best, certificate = certify(history, self.original, self.grounds, probe, self.budget, doing)
         for trial in certificate.failed:
             self.journal.append(trial)
-        answers = {key: tuple(found) for key, found in certificate.answers.items()}
-        kept = {rung.recipe.key for rung in ladder.rungs}
-        parity = Parity(probe, answers[self.original.key], {k: v for k, v in answers.items() if k in kept})
+        answers = {rung.recipe.key: certificate.answers[rung.recipe.key] for rung in ladder.rungs}
+        parity = Parity.of(probe, self.original.key, answers, self.workload.fixed_batch or PROBE_ROWS)
         why = "nothing left worth its time" if explored else "the budget was used"
         bundle = self._write(ladder, best, history, why, parity, None)
         self._done = True
@@ -233,6 +234,7 @@ class Site:
             },
             profile=profile,
             parity=parity,
+            students=students_of(ladder, self.work / "lessons", self._before, self.head_start),
         )
 
     def _publish(self, rung: Rung) -> None:

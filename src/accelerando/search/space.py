@@ -76,7 +76,8 @@ class Space:
         """Derive the routes from what techniques and backends declare.
 
         A backend's knob `batch`, where it has one, is set to the batch at which the goal asks for speed.  At most one
-        technique of a route quantizes; a backend that needs the user's own code takes no steps.
+        technique of a route quantizes; a backend that needs the user's own code takes no steps; what a technique
+        wants, the backend must offer.
         """
         lowering = [t for t in techniques.values() if t.stage >= Stage.LOWER]
         kinds: tuple[Any, ...] = (*lowering, *backends.values())
@@ -86,6 +87,8 @@ class Space:
             form = steps[-1].gives if steps else model.form
             for backend in backends.values():
                 if form not in backend.takes or (steps and not backend.portable):
+                    continue
+                if not {t.wants for t in steps} - {""} <= backend.offers:
                     continue
                 route = Route(tuple(settings[kind] for kind in (*steps, backend)))
                 if refusal := route.default.refuse(model, machine):

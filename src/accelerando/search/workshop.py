@@ -7,7 +7,7 @@ crash costs the recipe in hand, and the next one gets a new workshop.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from accelerando.machine import Machine
 from accelerando.measure.arm import open_samples
 from accelerando.measure.child import Child, say
 from accelerando.plugins import recipe_from_json
-from accelerando.recipe import Artifact, Recipe, key_of
+from accelerando.recipe import Artifact, Recipe, Technique
+from accelerando.search.head_start import HeadStart, front_key
 from accelerando.workload import Form, Model, Samples, Workload, with_lessons
 
 
@@ -38,12 +39,19 @@ class Workshop:
         folder: for intermediate files; the workshop's own, may be deleted afterwards.
         data: folder with the splits.
         memory_limit: bytes, or None.
+        head_start: what an earlier search taught, for recipes that go on from there.
     """
 
     def __init__(
-        self, workload: Workload, machine: Machine, folder: Path, data: Path, memory_limit: int | None
+        self,
+        workload: Workload,
+        machine: Machine,
+        folder: Path,
+        data: Path,
+        memory_limit: int | None,
+        head_start: HeadStart | None = None,
     ) -> None:
-        self._workload, self._machine = workload, machine
+        self._workload, self._machine, self._head_start = workload, machine, head_start
         self._folder, self._data, self._memory_limit = folder, data, memory_limit
         self._child: Child | None = None
 
@@ -71,7 +79,8 @@ class Workshop:
             self._child = Child("the workshop", self._memory_limit)
             load = self._workload
             owner = (load.metric, load.loss, load.augment) if load.train is not None else None
-            self._child.call(_open, load.model, self._machine, str(self._folder), str(self._data), owner)
+            folders = str(self._folder), str(self._data)
+            self._child.call(_open, load.model, self._machine, *folders, owner, self._head_start)
         return self._child
 
     def profile(self, seconds: float) -> dict[str, Any]:
@@ -97,18 +106,27 @@ class _Bench:
     machine: Machine
     folder: Path
     data: Samples
+    head_start: HeadStart | None
     done: dict[str, Model] = field(default_factory=dict)  # by key of the steps so far
+    students: dict[str, Model] = field(default_factory=dict)  # likewise: those of an earlier search
 
 
 _bench: list[_Bench] = []  # the one workload of this process
 
 
-def _open(model: Model, machine: Machine, folder: str, data: str, owner: tuple[Any, Any, Any] | None) -> None:
+def _open(
+    model: Model,
+    machine: Machine,
+    folder: str,
+    data: str,
+    owner: tuple[Any, Any, Any] | None,
+    head_start: HeadStart | None,
+) -> None:
     rows = Path(data)
     if owner is not None and model.form is Form.TORCH:
         train, watch = open_samples(rows / "train"), open_samples(rows / "select")
         model = with_lessons(model, train, watch, owner, Path(folder).parent / "lessons", say)
-    _bench.append(_Bench(model, machine, Path(folder), open_samples(rows / "calibrate")))
+    _bench.append(_Bench(model, machine, Path(folder), open_samples(rows / "calibrate"), head_start))
 
 
 def _profile(seconds: float) -> dict[str, Any]:
@@ -122,17 +140,40 @@ def _build(recipe_json: dict[str, Any], into: str) -> Built:
 
 
 def _built(recipe: Recipe, into: Path) -> Built:
-    bench, model = _bench[0], _bench[0].model
-    for i, step in enumerate(recipe.steps):
-        key = key_of([s.to_json() for s in recipe.steps[: i + 1]])
+    bench = _bench[0]
+    known = bench.head_start.known(recipe.steps) if bench.head_start and bench.model.lessons else 0
+    model = _student(recipe.steps[:known], bench) if known else bench.model
+    for i, step in enumerate(recipe.steps[known:], known):
+        key = front_key(recipe.steps[: i + 1])
         if key not in bench.done:
-            folder = bench.folder / key
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            given = _with_checkpoints(model, key)
-            bench.done[key] = _at(i, lambda s=step, m=given, f=folder: _apply(s, m, bench, f))
+            bench.done[key] = _applied(i, step, _with_checkpoints(model, key), bench, key)
         model = bench.done[key]
     return _at(len(recipe.steps), lambda: _compile(recipe, model, bench, into))
+
+
+def _student(steps: Sequence[Technique], bench: _Bench) -> Model:
+    """The student that an earlier search had after these steps; where it can't be had, it is not asked for again."""
+    key = front_key(steps)
+    if key not in bench.students:
+        assert bench.head_start is not None
+
+        def cut(i: int, model: Model) -> Model:
+            return _applied(i, steps[i], model, bench, f"{key}-{i}")
+
+        try:
+            bench.students[key] = _at(len(steps), lambda: bench.head_start.student(steps, bench.model, cut))
+        except RefusalError:
+            bench.head_start = bench.head_start.without(steps)
+            raise
+    return bench.students[key]
+
+
+def _applied(number: int, step: Technique, model: Model, bench: _Bench, name: str) -> Model:
+    """The model after a step, whose files go into a new folder of this name."""
+    folder = bench.folder / name
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    return _at(number, lambda: _apply(step, model, bench, folder))
 
 
 def _with_checkpoints(model: Model, key: str) -> Model:

@@ -1,17 +1,23 @@
-"""Who may come in and how much they may bring: the server's limits, and its bearer tokens.
+"""Who may come in and how much they may bring: the server's limits, its bearer tokens, and the names it answers to.
 
 Tokens stand in a file, one a line; blank lines and lines that begin with `#` are left out.  The file is read anew
 when it changes, so tokens are rotated by replacing it.  A file that is missing or empty lets nobody in.
+
+A page from elsewhere could have its own name lead to the loopback (DNS rebinding), and would then be at home here for
+the browser that shows it.  It can't hide that name, though: the browser sends it as `Host`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import ipaddress
 import logging
 import os
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -22,6 +28,7 @@ HEALTH = ("/v2/health/live", "/v2/health/ready")  # what watches a server has no
 PAGES = ("/", "/docs")  # they hold no secret: each asks its reader for the token, and then the server for the rest
 SAFE = ("GET", "HEAD", "OPTIONS")
 MOST_TOKEN_BYTES = 2**20  # of the whole file
+LOCAL = ("localhost", "127.0.0.1", "::1")
 CHALLENGE = (b"www-authenticate", b'Bearer realm="accelerando"')
 log = logging.getLogger(__name__)
 
@@ -40,6 +47,7 @@ class Settings:
         body_seconds: within which the whole body must have come.
         compress_from: bytes from which on an answer is compressed for a client that takes it so.
         tokens: the file of the tokens; None lets everybody in.
+        hosts: the names, in lower case, by which a request may call the server; None for any (`names_of`).
 
     Raises:
         UsageError: a limit that lets nothing through.
@@ -54,11 +62,33 @@ class Settings:
     body_seconds: float = 30.0
     compress_from: int = 16 * 2**10
     tokens: Path | None = None
+    hosts: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_body_bytes", "max_json_bytes", "max_tensors", "max_rows", "max_nesting", "body_seconds"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, but is {getattr(self, name)}")
+
+
+def names_of(host: str, allowed: Sequence[str] = (), *, guarded: bool = False) -> frozenset[str] | None:
+    """The names that a server answers to; None for any.
+
+    Args:
+        host: where it listens.  On the loopback it has the loopback's names, and no other may lead there.
+        allowed: further names, by which a proxy may pass on its callers for instance; with them, the names are held
+            to wherever it listens.
+        guarded: by tokens, which a page from elsewhere does not have.
+
+    Raises:
+        UsageError: a name is none.
+    """
+    further = [_name(name.encode()) for name in allowed]
+    for name, given in zip(further, allowed, strict=True):
+        if given.lower() not in (name, f"[{name}]") or not name:
+            raise UsageError(f"{given!r} is not a host's name; give it without scheme and port, as in example.com")
+    if further or (_is_loopback(host) and not guarded):
+        return frozenset([*LOCAL, host.lower(), *further])
+    return None
 
 
 class Tokens:
@@ -116,7 +146,7 @@ class Access:
 
     Args:
         app: everything that the server offers.
-        settings: `tokens` is the file; without one, everybody may come in.
+        settings: `tokens` is the file; without one, everybody may come in.  `hosts` are the server's own names.
 
     A token comes in the header `Authorization: Bearer TOKEN`.  Health and the pages themselves need none.
     """
@@ -124,14 +154,13 @@ class Access:
     def __init__(self, app: App, settings: Settings) -> None:
         self.app = app
         self.tokens = None if settings.tokens is None else Tokens(settings.tokens)
+        self.hosts = settings.hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             return await self.app(scope, receive, send)
-        if self.tokens is None and scope.get("method") == "GET":  # nothing to ask
-            return await self.app(scope, receive, send)
         headers = dict(scope["headers"])
-        if foreign := self._foreign(scope, headers):
+        if foreign := self._misled(headers) or self._foreign(scope, headers):
             return await _turn_away(scope, receive, send, 403, foreign)
         if self.tokens is None or (scope.get("method") in SAFE and is_open(scope["path"])):
             return await self.app(scope, receive, send)
@@ -145,6 +174,14 @@ class Access:
         else:
             words = "the token is not valid (any longer)"
         return await _turn_away(scope, receive, send, 401, words)
+
+    def _misled(self, headers: dict[bytes, bytes]) -> str:
+        """Why a request did not mean this server: it called it by another's name.  Who gives none is no browser."""
+        host = headers.get(b"host")
+        if self.hosts is None or host is None or _name(host) in self.hosts:
+            return ""
+        names = ", ".join(sorted(self.hosts))
+        return f"this server is not {host.decode('latin-1')[:100]!r}, but {names}; --allow-host gives it further names"
 
     @staticmethod
     def _foreign(scope: Scope, headers: dict[bytes, bytes]) -> str:
@@ -162,6 +199,22 @@ class Access:
         if home and home.lower().encode() == headers.get(b"host", b"").lower():
             return ""
         return f"a page of {origin.decode('latin-1')[:100]!r} may not change anything here"
+
+
+@lru_cache(maxsize=64)  # the same few come with every request
+def _name(host: bytes) -> str:
+    """The name in a `Host` header, in lower case, without its port; empty where it is none."""
+    try:
+        return (urlsplit(b"//" + host).hostname or b"").decode("ascii")
+    except ValueError:  # UnicodeDecodeError among them
+        return ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host.lower() == "localhost"
 
 
 def is_open(path: str) -> bool:

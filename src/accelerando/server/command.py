@@ -17,7 +17,7 @@ from accelerando.goal_text import BYTES, amount
 from accelerando.serve.governed import GovernedModel, govern
 from accelerando.serve.runtime import MachineWarning
 from accelerando.server import logs
-from accelerando.server.access import Settings
+from accelerando.server.access import Settings, names_of
 from accelerando.server.rpc import Tls
 from accelerando.server.run import Service, serve_all
 from accelerando.server.shelf import Shelf
@@ -47,6 +47,7 @@ class Wishes:
     max_body: str
     log: Path | None
     traces: str | None
+    allowed_hosts: Sequence[str] = ()
 
 
 def serve_bundles(bundles: Sequence[str], wishes: Wishes, say: Callable[[str], None]) -> None:
@@ -131,7 +132,11 @@ def _service(wishes: Wishes) -> Service:
         if path is not None and not path.is_file():
             raise UsageError(f"there is no file {path}")
     tls = Tls(wishes.certificate, wishes.key) if wishes.certificate and wishes.key else None
-    settings = Settings(max_body_bytes=int(amount(wishes.max_body, BYTES, "--max-body")), tokens=wishes.tokens)
+    settings = Settings(
+        max_body_bytes=int(amount(wishes.max_body, BYTES, "--max-body")),
+        tokens=wishes.tokens,
+        hosts=names_of(wishes.host, wishes.allowed_hosts, guarded=wishes.tokens is not None),
+    )
     tracing = to_collector(wishes.traces) if wishes.traces else OFF
     return Service(
         wishes.host, wishes.port, wishes.grpc_port if wishes.grpc_port >= 0 else None, settings, tls, tracing

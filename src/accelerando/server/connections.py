@@ -28,6 +28,7 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
 
     class Bounded(HttpToolsProtocol):
         _hurry: asyncio.TimerHandle | None = None
+        _within_head = False
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -37,12 +38,17 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
             else:
                 self._wait_for_head()
 
-        def on_message_begin(self) -> None:
-            if not self._hurry:
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self._within_head and not self._hurry:  # most heads come as a whole, and need no timer
                 self._wait_for_head()
+
+        def on_message_begin(self) -> None:
+            self._within_head = True
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
+            self._within_head = False
             self._stop_waiting()
             super().on_headers_complete()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import zlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
@@ -23,6 +22,7 @@ from accelerando.errors import (
     UnknownModelError,
     UsageError,
 )
+from accelerando.server.wire_json import text_of
 
 Message = MutableMapping[str, Any]
 Scope = MutableMapping[str, Any]
@@ -48,7 +48,6 @@ STATUSES: tuple[tuple[type[AccelerandoError], int], ...] = (
 )
 RETRY_AFTER = (b"retry-after", b"1")  # seconds, told to who comes at a bad time
 log = logging.getLogger(__name__)
-_TEXT = json.JSONEncoder(separators=(",", ":"), allow_nan=False)
 _WINDOWS = {b"gzip": 16 + zlib.MAX_WBITS, b"x-gzip": 16 + zlib.MAX_WBITS, b"deflate": zlib.MAX_WBITS}
 
 
@@ -86,8 +85,9 @@ async def read_body(headers: Headers, receive: Receive, *, most: int, seconds: f
         words = f"the body's encoding is {coding.decode('latin-1')[:60]!r}, but only gzip and deflate are taken"
         raise ReplyError(415, words, [(b"accept-encoding", b"gzip, deflate")])
     chunks = await _within(seconds, receive, most)
-    if declared is not None and declared != sum(map(len, chunks)):
-        raise ReplyError(400, f"Content-Length is {declared}, but {sum(map(len, chunks))} bytes came")
+    came = sum(map(len, chunks))
+    if declared not in (None, came):
+        raise ReplyError(400, f"Content-Length is {declared}, but {came} bytes came")
     if coding in _WINDOWS:
         chunks = [await asyncio.to_thread(_inflate, b"".join(chunks), _WINDOWS[coding], most)]
     pad = -offset % ALIGNED
@@ -160,15 +160,6 @@ def _inflate(data: bytes, window: int, most: int) -> bytes:
 
 
 # --- out --------------------------------------------------------------------------------------------------------
-
-
-def text_of(value: Any) -> bytes:
-    """JSON without spaces, ASCII only.
-
-    Raises:
-        ValueError: it holds a number that is not finite.
-    """
-    return _TEXT.encode(value).encode("ascii")
 
 
 @dataclass(frozen=True)

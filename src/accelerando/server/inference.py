@@ -5,9 +5,7 @@ A parameter is either honoured or refused, never passed over in silence: a deadl
 
 from __future__ import annotations
 
-import json
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +15,6 @@ import numpy as np
 from accelerando.errors import DataError, RowsError
 from accelerando.serve.tickets import Answer, Explanation
 from accelerando.server.access import Settings
-from accelerando.server.exchange import text_of
 from accelerando.server.tensors import (
     NUMBERS,
     RAW_ONLY,
@@ -29,10 +26,14 @@ from accelerando.server.tensors import (
     to_buffer,
     to_values,
 )
-from accelerando.signature import Array, Signature
+from accelerando.server.wire_json import brief, finite_text_of, read_json
+from accelerando.signature import Array, Port, Signature
 
 PARAMETERS = ("timeout", "priority", "min_quality", "binary_data_output")
 IGNORED = ("content_type",)  # MLServer's clients send it with everything; it says nothing that is not said otherwise
+REQUEST = ("id", "inputs", "outputs", "parameters")
+INPUT = ("name", "shape", "datatype", "data", "parameters")
+OUTPUT = ("name", "parameters")
 MOST_MICROSECONDS = 2**53
 
 
@@ -45,6 +46,9 @@ class Wishes:
     priority: int = 0
 
 
+NONE = Wishes()
+
+
 @dataclass(frozen=True)
 class Asked:
     """A request that was read and found good.
@@ -55,7 +59,7 @@ class Asked:
 
     leaves: list[Array]
     outputs: tuple[tuple[int, bool], ...]
-    wishes: Wishes = Wishes()
+    wishes: Wishes = NONE
     id: str | None = None
 
 
@@ -78,35 +82,19 @@ def read_request(body: memoryview, header: int | None, signature: Signature, set
     if header is not None and header > len(body):
         raise DataError(f"Inference-Header-Content-Length is {header}, but the body has only {len(body)} bytes")
     request = read_json(bytes(body if header is None else body[:header]))
-    _known(request, ("id", "inputs", "outputs", "parameters"), "the request")
+    _check_fields(request, REQUEST, "request")
     name = request.get("id")
     if not isinstance(name, (str, type(None))):
-        raise DataError(f"id must be a string, but is {_brief(name)}")
-    parameters = _parameters(request, "the request", (*PARAMETERS, *IGNORED))
-    wishes = read_wishes({key: parameters[key] for key in PARAMETERS[:3] if key in parameters})
+        raise DataError(f"id must be a string, but is {brief(name)}")
+    parameters = _parameters(request, "request", (*PARAMETERS, *IGNORED))
+    wishes = read_wishes({key: parameters[key] for key in PARAMETERS[:3] if key in parameters}) if parameters else NONE
     raw = None if header is None else body[header:]
-    inputs = _tensors(request, "inputs", ("name", "shape", "datatype", "data", "parameters"), signature, settings)
+    inputs = _tensors(request.get("inputs"), "input", INPUT, signature.inputs, settings)
     leaves = _leaves(inputs, raw, signature, settings)
     binary = _flag(parameters, "binary_data_output", False)
-    outputs = _tensors(request, "outputs", ("name", "parameters"), signature, settings)
+    wanted = request.get("outputs")
+    outputs = [] if wanted is None else _tensors(wanted, "output", OUTPUT, signature.outputs, settings)
     return Asked(leaves, _outputs(outputs, binary, signature), wishes, name)
-
-
-def read_json(text: bytes) -> dict[str, Any]:
-    """A JSON object: UTF-8, no repeated keys, no NaN.
-
-    Raises:
-        DataError: it is none.
-    """
-    try:
-        value = _JSON.decode(text.decode("utf-8"))
-    except RecursionError as error:
-        raise DataError("the JSON is nested too deep") from error
-    except ValueError as error:  # of JSON, of UTF-8, or of a number with thousands of digits
-        raise DataError(f"the body must be a JSON object in UTF-8, but: {str(error)[:200]}") from error
-    if not isinstance(value, dict):
-        raise DataError(f"the body must be a JSON object, but is {_brief(value)}")
-    return value
 
 
 def read_wishes(parameters: Mapping[str, Any]) -> Wishes:
@@ -119,13 +107,13 @@ def read_wishes(parameters: Mapping[str, Any]) -> Wishes:
     timeout, priority, least = (parameters.get(key) for key in PARAMETERS[:3])
     if timeout is not None and (type(timeout) is not int or not 0 < timeout <= MOST_MICROSECONDS):
         raise DataError(
-            f"timeout is {_brief(timeout)}, but must be a whole number of microseconds above 0: the deadline has "
+            f"timeout is {brief(timeout)}, but must be a whole number of microseconds above 0: the deadline has "
             f"passed otherwise; leave it out to have the model's own"
         )
     if priority is not None and (type(priority) is not int or not 0 <= priority < 2**32):
-        raise DataError(f"priority is {_brief(priority)}, but must be a whole number: 1 goes first, 0 is the usual")
+        raise DataError(f"priority is {brief(priority)}, but must be a whole number: 1 goes first, 0 is the usual")
     if least is not None and (type(least) not in (int, float) or not math.isfinite(_float(least))):
-        raise DataError(f"min_quality is {_brief(least)}, but must be a number in the unit of the model's metric")
+        raise DataError(f"min_quality is {brief(least)}, but must be a number in the unit of the model's metric")
     seconds = None if timeout is None else timeout / 1e6
     return Wishes(seconds, None if least is None else float(least), priority or 0)
 
@@ -156,14 +144,14 @@ def _leaves(inputs: list[Any], raw: memoryview | None, signature: Signature, set
     for tensor in inputs:
         name, datatype, shape = tensor["name"], tensor.get("datatype"), tensor.get("shape")
         if not isinstance(datatype, str):
-            raise DataError(f"input {name!r} needs a datatype such as FP32, but has {_brief(datatype)}")
+            raise DataError(f"input {name!r} needs a datatype such as FP32, but has {brief(datatype)}")
         if not isinstance(shape, list) or len(shape) > settings.max_nesting:
             most = f"a shape, a list of at most {settings.max_nesting} whole numbers"
-            raise DataError(f"input {name!r} needs {most}, but has {_brief(shape)}")
+            raise DataError(f"input {name!r} needs {most}, but has {brief(shape)}")
         size = _size(tensor, raw is not None)
         if size is None:
             if not isinstance(tensor.get("data"), list):
-                kind = _brief(tensor.get("data"))
+                kind = brief(tensor.get("data"))
                 raise DataError(f"input {name!r} needs a list as data, or binary_data_size, but has {kind}")
             given[name] = datatype, from_values(name, datatype, shape, tensor["data"])
             continue
@@ -179,12 +167,12 @@ def _leaves(inputs: list[Any], raw: memoryview | None, signature: Signature, set
 
 def _size(tensor: Mapping[str, Any], binary: bool) -> int | None:
     """The bytes of an input's binary data; None where its data is in the JSON."""
-    where = f"input {tensor['name']!r}"
-    size = _parameters(tensor, where, ("binary_data_size", *IGNORED)).get("binary_data_size")
+    size = _parameters(tensor, "input", ("binary_data_size", *IGNORED)).get("binary_data_size")
     if size is None:
         return None
+    where = _called("input", tensor)
     if type(size) is not int or size < 0:
-        raise DataError(f"binary_data_size of {where} must be a whole number, but is {_brief(size)}")
+        raise DataError(f"binary_data_size of {where} must be a whole number, but is {brief(size)}")
     if tensor.get("data") is not None:
         raise DataError(f"{where} has data in the JSON and binary_data_size too; give one of them")
     if not binary:
@@ -202,9 +190,9 @@ def _bound(given: Mapping[str, tuple[str, Array]], signature: Signature, setting
 def _outputs(wanted: list[Any], binary: bool, signature: Signature) -> tuple[tuple[int, bool], ...]:
     """Which outputs are wanted, and how; all, where none is named."""
     names = [port.name for port in signature.outputs]
-    chosen: list[tuple[int, bool]] = []
-    for tensor in wanted or [{"name": name} for name in names]:
-        parameters = _parameters(tensor, f"output {tensor['name']!r}", ("binary_data", *IGNORED))
+    chosen = [] if wanted else [(number, binary) for number in range(len(names))]
+    for tensor in wanted:
+        parameters = _parameters(tensor, "output", ("binary_data", *IGNORED))
         chosen.append((names.index(tensor["name"]), _flag(parameters, "binary_data", binary)))
     for number, raw in chosen:
         datatype = datatype_of(signature.outputs[number].dtype)
@@ -217,56 +205,59 @@ def _outputs(wanted: list[Any], binary: bool, signature: Signature) -> tuple[tup
 
 
 def _tensors(
-    request: Mapping[str, Any], key: str, fields: tuple[str, ...], signature: Signature, settings: Settings
-) -> list[Any]:
+    tensors: Any, kind: str, fields: tuple[str, ...], ports: tuple[Port, ...], settings: Settings
+) -> list[dict[str, Any]]:
     """The inputs or outputs that a request names: each an object, named once, and of the model."""
-    tensors = request.get(key)
-    if tensors is None and key == "outputs":
-        return []
     if not isinstance(tensors, list) or len(tensors) > settings.max_tensors:
-        raise DataError(f"{key} must be a list of at most {settings.max_tensors} tensors, but is {_brief(tensors)}")
-    ports = signature.inputs if key == "inputs" else signature.outputs
+        raise DataError(f"{kind}s must be a list of at most {settings.max_tensors} tensors, but is {brief(tensors)}")
     names = {port.name for port in ports}
     for tensor in tensors:
         name = tensor.get("name") if isinstance(tensor, dict) else None
         if not isinstance(name, str):
-            raise DataError(f"each of {key} must be an object with a name, but one is {_brief(tensor)}")
+            raise DataError(f"each of {kind}s must be an object with a name, but one is {brief(tensor)}")
         if name not in names:
             again = any(port.name == name for port in ports)
             what = "is there twice" if again else "is none of the model's"
             there = "; ".join(map(describe, ports))
-            raise DataError(f"{key[:-1]} {_brief(name)} {what}; the model has {there}")
+            raise DataError(f"{kind} {brief(name)} {what}; the model has {there}")
         names.discard(name)
-        _known(tensor, fields, f"{key[:-1]} {name!r}")
+        _check_fields(tensor, fields, kind)
     return tensors
 
 
-def _parameters(holder: Mapping[str, Any], where: str, known: tuple[str, ...]) -> dict[str, Any]:
+def _parameters(holder: Mapping[str, Any], kind: str, known: tuple[str, ...]) -> dict[str, Any]:
+    """The parameters of a request, an input or an output."""
     found = holder.get("parameters")
     if found is None:
         return {}
     if not isinstance(found, dict):
-        raise DataError(f"parameters of {where} must be an object, but are {_brief(found)}")
-    _refuse_unknown(found, known, where)
+        raise DataError(f"parameters of {_called(kind, holder)} must be an object, but are {brief(found)}")
+    _refuse_unknown(found, known, _called(kind, holder))
     return found
 
 
 def _refuse_unknown(found: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    if unknown := [_brief(key) for key in found if key not in known]:
+    if unknown := [brief(key) for key in found if key not in known]:
         taken = ", ".join(name for name in known if name not in IGNORED)
         named = ", ".join(sorted(unknown)[:5])
         raise DataError(f"no parameter {named} of {where} is offered here, but {taken}")
 
 
-def _known(found: Mapping[str, Any], fields: tuple[str, ...], where: str) -> None:
-    if unknown := [key for key in found if key not in fields]:
-        raise DataError(f"{where} has a field {_brief(unknown[0])}, but may have {', '.join(fields)}")
+def _check_fields(found: Mapping[str, Any], fields: tuple[str, ...], kind: str) -> None:
+    for key in found:
+        if key not in fields:
+            raise DataError(f"{_called(kind, found)} has a field {brief(key)}, but may have {', '.join(fields)}")
+
+
+def _called(kind: str, found: Mapping[str, Any]) -> str:
+    """What a request, an input or an output is called in messages."""
+    return "the request" if kind == "request" else f"{kind} {found['name']!r}"
 
 
 def _flag(parameters: Mapping[str, Any], key: str, otherwise: bool) -> bool:
     value = parameters.get(key, otherwise)
     if not isinstance(value, bool):
-        raise DataError(f"{key} must be true or false, but is {_brief(value)}")
+        raise DataError(f"{key} must be true or false, but is {brief(value)}")
     return value
 
 
@@ -317,7 +308,7 @@ def write_answer(name: str, signature: Signature, asked: Asked, answer: Answer) 
             tensor["data"] = _values(output, leaf, asked)
         outputs.append(tensor)
     response["outputs"] = outputs
-    return text_of(response), pieces
+    return finite_text_of(response), pieces
 
 
 def _values(name: str, leaf: Array, asked: Asked) -> list[Any]:
@@ -330,30 +321,3 @@ def _values(name: str, leaf: Array, asked: Asked) -> list[Any]:
         return to_values(leaf)
     except DataError as error:
         raise RowsError(f"output {name!r}: {error}") from error
-
-
-# --- words and JSON ---------------------------------------------------------------------------------------------
-
-
-def _brief(value: Any) -> str:
-    if isinstance(value, (dict, list)):
-        return f"{'an object' if isinstance(value, dict) else 'a list'} of {len(value)}"
-    if type(value) is int and value.bit_length() > 128:
-        return f"a whole number of {value.bit_length()} bits"
-    text = "nothing" if value is None else repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        doubled = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {doubled[:60]!r} is there twice")
-    return found
-
-
-def _constant(name: str) -> Any:
-    raise ValueError(f"{name} is not JSON")
-
-
-_JSON = json.JSONDecoder(object_pairs_hook=_unique, parse_constant=_constant)

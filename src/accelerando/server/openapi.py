@@ -22,7 +22,7 @@ MOST_SHOWN = 256  # elements of an example; a longer one helps nobody
 ERRORS = {
     400: "The request is not good; `error` says what was given and what must be.",
     401: "A token is needed, or the one that was sent is not valid.",
-    403: "Nobody may come in at present, or a page of another site asked.",
+    403: "Nobody may come in at present, or a page of another site or another host's name asked.",
     404: "There is no such model, version or path.",
     405: "The path has other methods; `Allow` lists them.",
     408: "The body did not come in time.",
@@ -49,11 +49,12 @@ def document(settings: Settings, shelf: Repository, *, pages: bool) -> Json:
         pages: whether the dashboard and the metrics are there.
     """
     paths = {**_server_paths(), **_model_paths(), **_repository_paths(), **_page_paths(pages)}
-    errors = [400, 404, 405, *([401, 403] if settings.tokens else [])]
+    named = {403} if settings.hosts is not None else set()
+    errors = {400, 404, 405, *named, *({401, 403} if settings.tokens else ())}
     for path, methods in paths.items():
         for operation in methods.values():
             if isinstance(operation, dict) and "responses" in operation:
-                codes = {*errors, *operation["responses"]} - ({401, 403} if is_open(path) else set())
+                codes = {*errors, *operation["responses"]} - ({401, 403} - named if is_open(path) else set())
                 _fill_errors(operation, codes)
     _give_examples(paths, shelf)
     about: Json = {

@@ -40,11 +40,12 @@ from accelerando.server.exchange import (
     read_body,
     reply_to,
 )
-from accelerando.server.inference import Asked, read_json, read_request, write_answer
+from accelerando.server.inference import Asked, read_request, write_answer
 from accelerando.server.openapi import docs_page, document
 from accelerando.server.repository import Repository, Served
 from accelerando.server.tracing import OFF, Trace, Tracing
 from accelerando.server.waiting import result_of
+from accelerando.server.wire_json import read_json
 
 LARGE = 256 * 2**10  # bytes of JSON from which on it is read and written beside the event loop
 UNOFFERED = ("systemsharedmemory", "cudasharedmemory", "trace", "logging")  # extensions that clients may know

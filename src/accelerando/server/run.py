@@ -98,6 +98,7 @@ async def serve_all(
             loop.add_signal_handler(number, ending.set)
     dashboard = Dashboard(shelf)
     app = Front(Rest(shelf, service.settings, tracing=service.tracing, pages=True), shelf, dashboard, journal)
+    http = _Http(_config(Access(app, service.settings), service))
     rpc: RpcServer | None = None
     if service.grpc_port is not None:
         rpc = serve_rpc(
@@ -107,7 +108,6 @@ async def serve_all(
     listening = _listen(service.host, service.port)
     if rpc:
         await rpc.start()
-    http = _Http(_config(Access(app, service.settings), service))
     serving = asyncio.create_task(http.serve(sockets=[listening]))
     watching = asyncio.create_task(dashboard.watch())
     try:
@@ -136,8 +136,9 @@ class _Http(uvicorn.Server):
 
 
 def _config(app: Any, service: Service) -> uvicorn.Config:
+    """What uvicorn is told; raises UsageError where a file of the encryption can't be used."""
     tls = service.tls
-    return uvicorn.Config(
+    config = uvicorn.Config(
         app,
         http=protocol(service.most_connections, service.head_seconds),
         ws="none",
@@ -153,6 +154,13 @@ def _config(app: Any, service: Service) -> uvicorn.Config:
         ssl_ca_certs=str(tls.clients) if tls and tls.clients else None,
         ssl_cert_reqs=2 if tls and tls.clients else 0,
     )
+    try:
+        config.load()
+    except OSError as error:  # those of TLS among them
+        raise UsageError(
+            f"the files given for TLS can't be used: {error.strerror or error}; give a certificate and its key, as PEM"
+        ) from error
+    return config
 
 
 def _listen(host: str, port: int) -> socket.socket:

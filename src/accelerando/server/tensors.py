@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Iterable, Mapping, Sequence
+from functools import lru_cache
 from itertools import chain
 from typing import Any
 
@@ -48,6 +49,7 @@ _IN_JSON: dict[str, tuple[frozenset[type], str]] = {
 }
 
 
+@lru_cache(maxsize=64)
 def datatype_of(dtype: Any) -> str:
     """The protocol's name for a numpy dtype.
 
@@ -172,14 +174,16 @@ def _count(name: str, datatype: str, shape: Sequence[int]) -> int:
     """How many elements a shape has."""
     if datatype not in DATATYPES:
         raise DataError(f"{name!r} has the datatype {_brief(datatype)}; there are {', '.join(DATATYPES)}")
-    if len(shape) > MOST_AXES or not all(type(axis) is int and 0 <= axis <= MOST_ELEMENTS for axis in shape):
+    whole = len(shape) <= MOST_AXES and {int}.issuperset(map(type, shape))
+    if not whole or not 0 <= min(shape, default=0) <= max(shape, default=0) <= MOST_ELEMENTS:
         raise DataError(
             f"{name!r} has the shape {_brief(list(shape))}, which must be a list of at most {MOST_AXES} whole numbers, "
             f"none below 0"
         )
-    if math.prod(axis or 1 for axis in shape) > MOST_ELEMENTS:
+    count = math.prod(filter(None, shape))
+    if count > MOST_ELEMENTS:
         raise DataError(f"{name!r} has the shape {_show(shape)}: more elements than any memory holds")
-    return math.prod(shape)
+    return count if all(shape) else 0
 
 
 def _flat(name: str, shape: Sequence[int], values: Iterable[Any]) -> list[Any]:

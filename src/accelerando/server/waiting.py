@@ -10,6 +10,7 @@ from accelerando.errors import ClosedError
 from accelerando.serve.tickets import Answer
 from accelerando.server.exchange import GoneError, Receive
 
+UNWATCHED = 0.01  # seconds: who is answered sooner needs no eye kept on them, which costs a task
 log = logging.getLogger(__name__)
 
 
@@ -22,11 +23,15 @@ async def result_of(future: Future[Answer], receive: Receive) -> Answer:
     """
     if not future.done():
         loop = asyncio.get_running_loop()
-        woken = loop.create_future()
+        woken: asyncio.Future[str | None] = loop.create_future()
+        watchers: list[asyncio.Task[None]] = []
 
         def settle() -> None:
             if not woken.done():
                 woken.set_result(None)
+
+        def watch() -> None:
+            watchers.append(loop.create_task(_depart(receive, woken)))
 
         def wake(_: Future[Answer]) -> None:
             try:
@@ -34,12 +39,14 @@ async def result_of(future: Future[Answer], receive: Receive) -> Answer:
             except RuntimeError:
                 log.debug("an answer came after the event loop had been closed")
 
-        watcher = loop.create_task(_depart(receive, woken))
+        timer = loop.call_later(UNWATCHED, watch)
         future.add_done_callback(wake)
         try:
             await woken
         finally:  # also where the server is closing, and cancels us
-            watcher.cancel()
+            timer.cancel()
+            for watcher in watchers:
+                watcher.cancel()
             if not future.done():
                 future.cancel()
         if woken.result() == "gone":

@@ -1,4 +1,4 @@
-"""Two small layers for a large one: the principal directions of its answers, and the layers that keep only those.
+"""A layer on the data: the principal directions of its answers, and two small layers that keep only those.
 
 A layer answers W x + b.  Of all projections of rank r, the one on the r main directions U of W x on the data loses
 least of its variance, so that W x + b ~ U (U^T W) x + b', with the mean kept by b' (Zhang, Zou, He and Sun, arXiv
@@ -19,6 +19,25 @@ BATCH = 32
 POSITIONS = 8192  # of one call's, evenly spread: more of an image's say the same
 RIDGE = 1e-6  # of the variance: orders the directions that the data does not show by the weights alone
 LANES = 8  # ranks are multiples of what vector units like
+KEPT = 2**20  # numbers of its inputs that are kept of a convolution, to try what takes its place on them
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Smaller layers that can take a layer's place.
+
+    Args:
+        ranks: channels between them: one number for two layers, two for three.
+        cost: multiply-adds for one row.
+        module: nn.Sequential.
+    """
+
+    ranks: tuple[int, ...]
+    cost: int
+    module: Any
+
+    def __str__(self) -> str:
+        return f"rank{'s' if len(self.ranks) > 1 else ''} {' and '.join(map(str, self.ranks))}"
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,8 @@ class Factors:
         directions: (out, k), orthonormal columns, the main one first.
         energies: (k,), the variance of the answers along each.
         center: (out,), the mean of the answers without the bias.
+        spread: (in, in), second moment of the input's channels; None for a linear layer and a 1 x 1 convolution.
+        rows: (n, in, ...), some inputs; likewise.
     """
 
     layer: Any
@@ -40,16 +61,19 @@ class Factors:
     directions: Any
     energies: Any
     center: Any
+    spread: Any = None
+    rows: Any = None
 
     @property
-    def full(self) -> int:
-        """Multiply-adds of the whole layer at one position."""
-        return self.layer.weight.numel()
+    def cost(self) -> int:
+        """Multiply-adds of the whole layer for one row."""
+        return self.positions * self.layer.weight.numel()
 
     @property
-    def pair(self) -> int:
-        """Multiply-adds of the two layers at one position, for each rank."""
-        return self.full // len(self.layer.weight) + len(self.layer.weight)
+    def cost_of_rank(self) -> int:
+        """Multiply-adds of the two layers for one row, for each rank."""
+        out = len(self.layer.weight)
+        return self.positions * (self.layer.weight.numel() // out + out)
 
     def rounded(self, rank: int) -> int:
         """The rank as it is used: whole vectors, at least 1, at most as many as there are directions."""
@@ -57,11 +81,10 @@ class Factors:
 
     def rank(self, share: float) -> int:
         """The rank that takes this share of the multiply-adds away."""
-        return self.rounded(int((1 - share) * self.full / self.pair))
+        return self.rounded(int((1 - share) * self.cost / self.cost_of_rank))
 
-    def build(self, rank: int) -> Any:
-        """The two layers of this rank, as an nn.Sequential."""
-        import torch
+    def pair(self, rank: int) -> Parts:
+        """The two layers of this rank."""
         from torch import nn
 
         layer, kind = self.layer, type(self.layer)
@@ -79,27 +102,49 @@ class Factors:
             two = blank(kind, rank, layer.out_channels, 1)
         for part, name, value in ((one, "weight", narrow), (two, "weight", wide), (two, "bias", bias)):
             setattr(part, name, nn.Parameter(value.to(weight.dtype).contiguous(), layer.weight.requires_grad))
-        made: torch.nn.Module = nn.Sequential(one, two).train(layer.training)
-        return made
+        return Parts((rank,), rank * self.cost_of_rank, nn.Sequential(one, two).train(layer.training))
+
+    def error(self, parts: Parts) -> float:
+        """How far off the answers to the kept rows are, as a share of their energy."""
+        import torch
+
+        with torch.no_grad():
+            wanted = self.layer(self.rows)
+            return float((parts.module(self.rows) - wanted).square().sum() / wanted.square().sum().clamp_min(1e-30))
 
 
 class _Moments:
-    """First and second moment of a layer's inputs (where they have fewer features than its answers) or answers."""
+    """First and second moment of a layer's inputs (where they have fewer features than its answers) or answers.
+
+    Of a convolution with an extent, the second moment of its input's channels as well.
+    """
 
     def __init__(self, layer: Any) -> None:
         self.layer = layer
         self.of_inputs = layer.weight.ndim == 2 and layer.weight.shape[1] < layer.weight.shape[0]
+        self.extended = layer.weight[0, 0].numel() > 1
         self.count, self.total, self.square = 0, 0.0, 0.0
+        self.spread: Any = 0.0  # a sum: only its directions count
+        self.rows: Any = None
 
     def add(self, taken: Any, answer: Any) -> None:
-        value = taken if self.of_inputs else answer
-        vectors = value.movedim(1 - self.layer.weight.ndim, -1).flatten(0, -2)  # the channels last
+        vectors = self._vectors(taken if self.of_inputs else answer)
         if not self.of_inputs and self.layer.bias is not None:
             vectors = vectors - self.layer.bias
-        vectors = vectors[:: -(-len(vectors) // POSITIONS) or 1].double()
         self.count += len(vectors)
         self.total = self.total + vectors.sum(0)
         self.square = self.square + vectors.T @ vectors
+        if self.extended:
+            inputs = self._vectors(taken)
+            self.spread = self.spread + inputs.T @ inputs
+            if self.rows is None:
+                rows = taken if taken.ndim == self.layer.weight.ndim else taken[None]
+                self.rows = rows[: max(1, KEPT // rows[0].numel())].clone()
+
+    def _vectors(self, value: Any) -> Any:
+        """The channels of evenly spread positions, (n, channels)."""
+        vectors = value.movedim(1 - self.layer.weight.ndim, -1).flatten(0, -2)
+        return vectors[:: -(-len(vectors) // POSITIONS) or 1].double()
 
     def factors(self, shape: tuple[int, ...], positions: int) -> Factors:
         import torch
@@ -116,7 +161,8 @@ class _Moments:
         values, directions = torch.linalg.eigh(spread + ground * (ridge / ground.trace().clamp_min(1e-12)))
         keep = min(weight.shape)  # W x has no more directions
         values, directions = values.flip(0)[:keep].clamp_min(0), directions.flip(1)[:, :keep]
-        return Factors(self.layer, shape, positions, directions.contiguous(), values.numpy(), mean)
+        seen = (self.spread, self.rows) if self.extended else (None, None)
+        return Factors(self.layer, shape, positions, directions.contiguous(), values.numpy(), mean, *seen)
 
 
 def observe_layers(model: Model, data: Samples, names: Sequence[str]) -> dict[str, Factors]:

@@ -27,6 +27,8 @@ class Distil(Technique):
         learning_rate: its peak; 0 for a range test.
         optimizer: `adamw` or `sgd`.
         quantized: train with simulated int8, so that quantizing afterwards loses less.
+        features: weight of the blocks' hidden states against the teacher's (Romero et al. 2015), where blocks have kept
+            their width; the teacher is then asked at every step, which about doubles its time.  0 for none.
     """
 
     seconds: int = 60
@@ -35,6 +37,7 @@ class Distil(Technique):
     learning_rate: float = 0.0
     optimizer: str = "adamw"
     quantized: bool = False
+    features: float = 0.0
 
     takes: ClassVar[Form] = Form.TORCH
     gives: ClassVar[Form] = Form.TORCH

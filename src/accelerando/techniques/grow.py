@@ -21,6 +21,7 @@ from accelerando.workload import Form, Model, Samples, flat_module
 class Grow(Technique):
     """More to learn with, for a model whose quality is short while its speed is spare.
 
+    Where it is to be taught it needs labels: from the original alone it could learn no more than that knows.
     Training goes on from what is known: wider by doubling hidden units and sharing out their outgoing weights, deeper
     by copies of residual blocks that add nothing yet, or by identity layers where there are no blocks.
 
@@ -53,6 +54,13 @@ class Grow(Technique):
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
         if model.form is Form.TORCH and not any(p.ndim > 1 for p in model.content.parameters()):
             return RefusalError(Reason.NOTHING_TO_DO, "it has no weights")
+        lessons = model.lessons
+        if lessons is not None and (lessons.train.targets is None or lessons.metric.of_original):
+            return RefusalError(
+                Reason.NOTHING_TO_DO,
+                "a larger model can learn more than the original knows from labels alone: give train= with targets, "
+                "and a metric that compares with targets",
+            )
         return None
 
     def apply(self, model: Model, data: Samples, folder: Path) -> Model:

@@ -19,6 +19,7 @@ from accelerando.errors import BundleError, Reason, RefusalError
 from accelerando.train.weights import Weights
 
 MOST_JSON = 1 << 20
+BEST = "best/"  # before the names of the best weights
 
 
 @dataclass
@@ -105,3 +106,24 @@ class Checkpoint:
             part, _, rest = name.partition("/")
             parts.setdefault(part, {})[rest] = tensor
         return progress, parts
+
+
+def finished(folder: Path) -> Path | None:
+    """The file of the weights that a lesson in a folder ended with; None where it has not ended."""
+    return next(folder.glob("weights-*-done.safetensors"), None)
+
+
+def best_of(path: Path) -> Weights:
+    """The best weights in a checkpoint's file.
+
+    Raises:
+        RefusalError: DAMAGED: it is no such file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        flat = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise RefusalError(Reason.DAMAGED, f"{path.name} can't be read: {error}") from error
+    return {name.removeprefix(BEST): tensor for name, tensor in flat.items() if name.startswith(BEST)}

@@ -18,6 +18,7 @@ class Course:
         learning_rate: the schedule's peak; 0 for a range test.
         optimizer: `adamw`, or `sgd` with Nesterov momentum.
         quantized: int8 weights and activations are simulated while training.
+        features: weight of the hidden states that both have, beside the answers; 0 for the answers alone.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -29,6 +30,7 @@ class Course:
     learning_rate: float = 0.0
     optimizer: str = "adamw"
     quantized: bool = False
+    features: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
@@ -39,5 +41,7 @@ class Course:
             raise ValueError(f"temperature must be from 0.1 to 100, but is {self.temperature}")
         if not 0 <= self.learning_rate < float("inf"):
             raise ValueError(f"learning_rate must be 0 or more, but is {self.learning_rate}")
+        if not 0 <= self.features < float("inf"):
+            raise ValueError(f"features must be 0 or more, but is {self.features}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but is {self.optimizer!r}")

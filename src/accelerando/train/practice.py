@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from accelerando.errors import Reason, RefusalError
 from accelerando.signature import Signature, flatten
 from accelerando.train.course import Course
+from accelerando.train.hints import Hints
 from accelerando.train.loss import aim_of
 from accelerando.train.pace import Pace
 from accelerando.train.rows import Batch, Rows, looks_like_image, shifted
@@ -52,6 +53,7 @@ class Practice:
         self.aim = aim_of(signature, teacher.floats, lessons.metric, lessons.loss, course, taught, batch.targets)
         still = self.aim.meaning != "numbers" and all(x.dim() <= 2 for x in taught)  # else places in it would move
         self._shifts = still and sum(map(looks_like_image, batch.inputs)) == 1
+        self._hints = Hints(student, lessons.teacher, self._called, batch.inputs) if course.features else None
         self._bf16 = False
         self._last: tuple[Batch, list[Any]] | None = None
         self.restart()
@@ -113,12 +115,16 @@ class Practice:
 
     def call(self, inputs: tuple[Any, ...]) -> Any:
         """The student's answer to flat inputs."""
+        return self._called(self._student, inputs)
+
+    def _called(self, module: Any, inputs: Sequence[Any]) -> Any:
+        """A module's answer to flat inputs."""
         import torch
 
         if self._images:
             inputs = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
         args, kwargs = self._signature.call(inputs)
-        return self._student(*args, **kwargs)
+        return module(*args, **kwargs)
 
     def _taught(self, batch: Batch) -> list[Any]:
         """What the teacher says of the rows as they are, before they are varied."""
@@ -133,9 +139,9 @@ class Practice:
         self._optimizer.zero_grad()
         inputs = self._varied(batch.inputs)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
-            answer = self.call(inputs)
+            answer, apart = self._answered(inputs)
         leaves, _ = flatten(answer)
-        loss = self.aim(answer, [leaves[i] for i in self._teacher.floats], taught, batch.targets)
+        loss = self.aim(answer, [leaves[i] for i in self._teacher.floats], taught, batch.targets) + apart
         found = float(loss.detach())
         if not math.isfinite(found):
             return math.nan
@@ -146,6 +152,14 @@ class Practice:
         with torch.no_grad():
             self._zeros.restore()
         return found
+
+    def _answered(self, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+        """The student's answer, and how far its hidden states are from the teacher's, by their weight."""
+        if self._hints is None:
+            return self.call(inputs), 0.0
+        with self._hints.listening() as heard:
+            answer = self.call(inputs)
+        return answer, self._course.features * self._hints.distance(heard, inputs)
 
     def _varied(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The inputs, augmented in the owner's way or in ours.
