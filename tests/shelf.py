@@ -1,6 +1,6 @@
 """A server's models without bundles, backends or a governor: a `Repository` and `Served` made of plain functions.
 
-served = FakeServed(SIMPLE, sum_and_difference)                  # answers before `submit` returns
+served = FakeServed(SIMPLE, sum_and_difference)                  # answers before `submit_soon` returns
 held = FakeServed(SIMPLE, sum_and_difference, answers="held")    # answers when `held.release()` is called
 shelf = FakeShelf({"simple": served})
 """
@@ -93,12 +93,12 @@ class FakeServed:
         function: flat inputs to flat outputs; a ServingError that it raises reaches the caller as it is, any other
             error as a RowsError.
         status: what `status()` tells before anything is counted.
-        answers: `now`, before `submit` returns; `thread`, from another thread; `held`, when `release` is called.
+        answers: `now`, before `submit_soon` returns; `thread`, from another thread; `held`, when `release` is called.
         why: what every answer says about itself, but for its rows.
-        refusal: raised by `submit`, in place of any answer.
+        refusal: raised by `submit_soon`, in place of any answer.
 
     Attributes:
-        asked: the keyword arguments of every submit, in order, with its `leaves`.
+        asked: the keyword arguments of every one, in order, with its `leaves`.
         tickets: all that were given out.
     """
 
@@ -125,9 +125,10 @@ class FakeServed:
     def signature(self) -> Signature:
         return self._signature
 
-    def submit(
+    def submit_soon(
         self,
         leaves: list[Array],
+        soon: Callable[..., object],
         *,
         seconds: float | None = None,
         min_quality: float | None = None,

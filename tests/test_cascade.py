@@ -37,6 +37,7 @@ from accelerando.search.history import Proposal
 from accelerando.search.site import Site
 from accelerando.search.space import Space
 from accelerando.signature import Port, Signature
+from accelerando.techniques.early_exit import EarlyExit
 from accelerando.techniques.export_onnx import ExportOnnx
 from accelerando.testing.bundles import SIGNATURE as SMALL
 from accelerando.testing.bundles import write_bundle
@@ -139,6 +140,24 @@ def test_each_row_has_the_answer_of_the_one_that_it_was_left_to(
         np.testing.assert_array_equal(got[0], fast[0])
     if threshold > 1:
         np.testing.assert_array_equal(got[0], better[0])
+
+
+def test_settings_of_a_process_reach_its_members(two: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a governor no session spins, for it would take the cores from the others."""
+    seen, load = [], Onnxruntime.load
+
+    def recorded(self: Onnxruntime, *given: Any) -> Runner:
+        seen.append((self.spinning, self.threads))
+        return load(self, *given)
+
+    monkeypatch.setattr(Onnxruntime, "load", recorded)
+    backend = Cascade.of(SINGLE, PLAIN, "margin", 0.5)
+    (two.folder / "cascade.json").unlink(missing_ok=True)
+    artifact = backend.compile(Model(Form.ONNX, None, two.signature), two.folder)
+    runner = backend.here(spinning=False, streams=3).load(artifact, two.folder, two.signature)
+    assert seen == [(False, 1), (False, None)]
+    assert len(runner(inputs(4))[0]) == 4
+    assert backend.here(spinning=False) == backend
 
 
 def test_some_rows_are_left_to_each(two: Pair) -> None:
@@ -362,6 +381,7 @@ def world(folder: Path, goal: str = "drop <= 1%", knows: bool = True, speed: flo
         known(Recipe((), find("backends", "eager")()), 1.0, original, original),
         known(PLAIN, 3.0, original, original),
         known(SINGLE, speed, original & ~lost, original, reason),
+        Trial(Recipe((EarlyExit(),), PLAIN.backend), Refused(Reason.NOTHING_TO_DO, "no chain of blocks", 0), 1.0),
     )
     save_samples(Samples((Chunk((np.zeros((8, 4), np.float32),), np.zeros(8, np.int64)),)), folder / "select")
     asked: list[int] = []

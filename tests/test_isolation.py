@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from accelerando.bundle import Bundle
 from accelerando.errors import BundleError
 from accelerando.recipe import Recipe
 from accelerando.serve.isolation import Apart, LostError
+from accelerando.serve.residents import held_bytes
 from accelerando.signature import Signature
 from accelerando.testing.bundles import SIGNATURE, write_bundle
 
@@ -91,6 +93,21 @@ def test_a_call_that_hangs_is_given_up_and_the_next_one_answered(bundle: Path) -
     process.close()
     with pytest.raises(LostError):
         runner([ROW])
+
+
+def test_it_is_up_before_its_memory_is_read(apart: Apart) -> None:
+    """Else the interpreter and what it imports, some 60 MB, would count as memory that the rungs hold."""
+    before = held_bytes(apart.pid())
+    with pytest.raises(BundleError, match="another bundle"):
+        apart.call("0" * 12, [])  # it has to be up to say so
+    assert held_bytes(apart.pid()) - before < 20e6
+    assert before > 20e6
+
+
+def test_a_process_that_does_not_come_up_is_an_error(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    with pytest.raises(LostError, match="died with status 1"):
+        Apart(bundle)
 
 
 def test_the_process_ends_with_its_server(apart: Apart) -> None:

@@ -302,8 +302,7 @@ class Bundle:
             )
         self.check_rung(rung)
         try:
-            backend = backend.with_knobs(**{k: v for k, v in knobs.items() if k in backend.knobs})
-            return backend.load(rung.artifact, self.folder(rung), self.signature, model)
+            return backend.here(**knobs).load(rung.artifact, self.folder(rung), self.signature, model)
         except RefusalError:
             raise
         except Exception as error:

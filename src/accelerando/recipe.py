@@ -204,6 +204,10 @@ class Backend(Plugin):
         """Recipes that this backend runs together; their files lie in `0/`, `1/`, ... when `compile` is called."""
         return ()
 
+    def here(self, **settings: Knob) -> Backend:
+        """The same with settings of this process, such as `spinning=False`; one that it lacks is left."""
+        return self.with_knobs(**{k: v for k, v in settings.items() if k in self.knobs})
+
     def with_members(self, members: Sequence[Recipe]) -> Backend:
         """The same with other members.
 

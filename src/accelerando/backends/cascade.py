@@ -18,12 +18,13 @@ from accelerando.interval import Floats
 from accelerando.machine import Machine
 from accelerando.metric import primary
 from accelerando.plugins import StoredBackend, recipe_from_json, stored_recipe
-from accelerando.recipe import Artifact, Backend, Recipe, Runner
-from accelerando.signature import Array, Signature
+from accelerando.recipe import Artifact, Backend, Knob, Recipe, Runner
+from accelerando.signature import Array, Port, Signature
 from accelerando.strict_json import Each, Maybe, Text, canonical, check, parse
 from accelerando.workload import Form, Model, filled
 
 FORMAT = 1
+EXIT = "early_exit"  # the technique whose front and rest go together, and the port between them
 RECORD = "cascade.json"
 MOST_TEXT = 20_000  # characters of a member's recipe
 KNOBS = Each(Maybe((bool, int, float, str)))
@@ -58,6 +59,10 @@ class Cascade(Backend):
 
     It takes no model itself: each of its recipes does, from the original on.  The two are answered by row, so every
     output's axis 0 must be the batch, as it is in every signature.  As thread-safe as the two are.
+
+    Where the recipes are the two parts of one early exit, the fast one hands its state over, and the better one goes
+    on from there instead of beginning anew.
+
     (Viola & Jones, *Rapid Object Detection using a Boosted Cascade*, 2001; Bolukbasi et al., *Adaptive Neural
     Networks for Efficient Inference*, 2017.)
 
@@ -74,7 +79,9 @@ class Cascade(Backend):
     threshold: float = 0.5
 
     takes: ClassVar[frozenset[Form]] = frozenset()
+    offers: ClassVar[frozenset[str]] = frozenset({"early exits"})
     steady: ClassVar[bool] = False
+    _settings: ClassVar[Mapping[str, Knob]] = MappingProxyType({})  # of this process, for the members: no part of it
 
     def __post_init__(self) -> None:
         if self.confidence not in CONFIDENCES:
@@ -87,12 +94,18 @@ class Cascade(Backend):
         if self.fast:
             _check_recipe("fast", self.fast)
             _check_recipe("better", self.better)
+            _check_parts(*self._plain)
 
     @classmethod
     def of(cls, fast: Recipe, better: Recipe, confidence: str, threshold: float) -> Cascade:
         """The cascade of two recipes."""
         first, second = (canonical(recipe.to_json()).decode() for recipe in (fast, better))
         return cls(first, second, confidence, float(threshold))
+
+    def here(self, **settings: Knob) -> Cascade:
+        mine = replace(self)
+        object.__setattr__(mine, "_settings", MappingProxyType(settings))
+        return mine
 
     def with_members(self, members: Sequence[Recipe]) -> Cascade:
         fast, better = members
@@ -110,6 +123,11 @@ class Cascade(Backend):
     def stored_members(self) -> tuple[Recipe, ...]:
         """The two recipes without the code of any technique: all that is needed to load and to print."""
         return tuple(map(stored_recipe, self._plain))
+
+    @property
+    def hands_over(self) -> bool:
+        """Whether the better recipe goes on where the fast one stopped."""
+        return bool(self.fast) and _part(self._plain[0]) == "front"
 
     @property
     def _plain(self) -> list[dict[str, Any]]:
@@ -142,15 +160,24 @@ class Cascade(Backend):
             raise BundleError("field", f"{RECORD} says otherwise than the recipe {self}; copy the bundle again")
         with contextlib.ExitStack() as loaded:
             runners = []
-            for i, member in enumerate(self.stored_members):
+            for i, (member, ports) in enumerate(zip(self.stored_members, self._signatures(signature), strict=True)):
                 if refusal := _why_not(member.backend):
                     raise refusal
                 own = (f for f in artifact.files if f.path.startswith(f"{i}/"))
                 part = Artifact(tuple(replace(f, path=f.path.partition("/")[2]) for f in own))
-                runners.append(member.backend.load(part, folder / str(i), signature))
+                backend = member.backend.here(**self._settings)
+                runners.append(backend.load(part, folder / str(i), ports))
                 loaded.callback(runners[-1].close)
             loaded.pop_all()
         return _Cascade(self, runners[0], runners[1], signature)
+
+    def _signatures(self, signature: Signature) -> tuple[Signature, Signature]:
+        """How the members are called.  The state between them has further axes, which are their own affair."""
+        if not self.hands_over:
+            return signature, signature
+        state = Port(EXIT, "float32", signature.inputs[0].shape[:1])
+        front = replace(signature, outputs=(*signature.outputs, state))
+        return front, replace(signature, inputs=(*signature.inputs, state))
 
     def _record(self, signature: Signature) -> bytes:
         backends = [member["backend"] for member in self._plain]
@@ -177,16 +204,18 @@ class _Cascade(Runner):
         self._fast, self._better = fast, better
         self._confidence, self._threshold = CONFIDENCES[cascade.confidence], cascade.threshold
         self._output, self._fixed = judged_output(signature), signature.fixed_batch
+        self._count = len(signature.outputs)  # what the fast one gives besides is its state
 
     def __call__(self, leaves: Sequence[Array]) -> list[Array]:
-        answers = self._fast(leaves)
+        given = self._fast(leaves)
+        answers, state = given[: self._count], given[self._count :]
         sure = self._confidence(answers[self._output]) >= self._threshold  # a confidence of NaN is below any
         if sure.all():
             return answers
         if not sure.any():
-            return self._better(leaves)
+            return self._better([*leaves, *state])
         unsure = np.flatnonzero(~sure)
-        better = self._better(filled([x[unsure] for x in leaves], self._fixed))
+        better = self._better(filled([x[unsure] for x in (*leaves, *state)], self._fixed))
         merged = [np.array(answer) for answer in answers]
         for whole, rows in zip(merged, better, strict=True):
             whole[unsure] = rows[: len(unsure)]
@@ -212,6 +241,24 @@ def _check_recipe(name: str, text: object) -> None:
         raise ValueError(f"{name} must be the canonical text of a recipe's JSON: sorted keys, no spaces")
     if data["backend"]["name"] == "cascade":
         raise ValueError(f"{name} is a cascade itself, but must be a plain recipe")
+
+
+def _part(recipe: Mapping[str, Any]) -> str | None:
+    """Which part of an early exit a recipe's JSON ends with, if it is one that can't stand alone."""
+    last = recipe["steps"][-1] if recipe["steps"] else {}
+    return last["part"] if last.get("name") == EXIT and last.get("part") in ("front", "rest") else None
+
+
+def _check_parts(fast: Mapping[str, Any], better: Mapping[str, Any]) -> None:
+    """Raises ValueError where a member is a part of an early exit without the other part of the same."""
+    if (parts := (_part(fast), _part(better))) == (None, None):
+        return
+    before, last = fast["steps"][:-1], fast["steps"][-1:]
+    if parts != ("front", "rest") or better["steps"] != [*before, *({**step, "part": "rest"} for step in last)]:
+        raise ValueError(
+            "fast and better must be the front and the rest of one early exit, after the same steps, "
+            f"where one of them is a part of one; but they are {parts[0]} and {parts[1]}"
+        )
 
 
 def _why_not(backend: Backend) -> RefusalError | None:

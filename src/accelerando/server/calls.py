@@ -117,9 +117,10 @@ class Calls:
             raw = messages.wants_raw(request, usual=self.always_raw or bool(request.raw_input_contents))
             numbers = messages.chosen(request, signature, settings)
             leaves = await _beside(request.ByteSize(), messages.leaves, request, signature, settings)
-            ticket = served.submit(
-                leaves, seconds=asked.seconds, min_quality=asked.min_quality, priority=asked.priority
-            )
+            ticket = served.submit_soon(
+                leaves, asyncio.get_running_loop().call_soon,
+                seconds=asked.seconds, min_quality=asked.min_quality, priority=asked.priority,
+            )  # fmt: skip
             answer = await _result(ticket.future)
             trace.answered(answer.why, ticket.rows)
             size = sum(leaf.nbytes for leaf in answer.leaves)

@@ -39,7 +39,7 @@ MOST_MICROSECONDS = 2**53
 
 @dataclass(frozen=True)
 class Wishes:
-    """How soon and how well a request wants to be answered; the arguments of `Served.submit`."""
+    """How soon and how well a request wants to be answered; the arguments of `Served.submit_soon`."""
 
     seconds: float | None = None
     min_quality: float | None = None

@@ -34,7 +34,7 @@ M = inference().messages
 
 
 def wishes(request: Any, remaining: float | None) -> Wishes:
-    """What a request asks for beside its tensors: the arguments of `Served.submit`.
+    """What a request asks for beside its tensors: the arguments of `Served.submit_soon`.
 
     Args:
         remaining: seconds until the client gives up; None where it waits for ever.

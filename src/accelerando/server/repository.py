@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,24 +18,27 @@ class Served(Protocol):
     def signature(self) -> Signature:
         """Its inputs and outputs: names, numpy dtypes, shapes."""
 
-    def submit(
+    def submit_soon(
         self,
         leaves: list[Array],
+        soon: Callable[..., object],
         *,
         seconds: float | None = None,
         min_quality: float | None = None,
         priority: int = 0,
     ) -> Ticket:
-        """Put a request into the queue, never waiting; `ticket.future` gets the answer.
+        """Put a request into the queue, never waiting; `ticket.future` gets the answer once the caller's turn is over.
 
         Args:
-            leaves: one array for each input, in the signature's order; dtype and shape are checked here.
+            leaves: one array for each input, as `tensors.bind` gives them: they are not checked again.
+            soon: the `call_soon` of the event loop that this is called in; what comes in one turn of it may be
+                answered together in the next.
             seconds: until its deadline, from now; without it, what the goal allows.
             min_quality: the least certified quality that will do, in the metric's own unit.
             priority: 1 goes first; 0, the usual, counts as the lowest.
 
         Raises:
-            DataError: the arrays are not what the model takes.
+            DataError: no rung promises that quality.
             OverloadedError: it can't be answered in time, or the queue is full.
             DeadlineError: `seconds` is not above 0.
             ClosedError: the model was closed.

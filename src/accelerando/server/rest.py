@@ -187,9 +187,10 @@ class Rest:
         what = (body, header, served.signature, settings)
         asked = await asyncio.to_thread(read_request, *what) if size > LARGE else read_request(*what)
         wishes = asked.wishes
-        ticket = served.submit(
-            asked.leaves, seconds=wishes.seconds, min_quality=wishes.min_quality, priority=wishes.priority
-        )
+        ticket = served.submit_soon(
+            asked.leaves, asyncio.get_running_loop().call_soon,
+            seconds=wishes.seconds, min_quality=wishes.min_quality, priority=wishes.priority,
+        )  # fmt: skip
         answer = await result_of(ticket.future, request.receive)
         trace.answered(answer.why, ticket.rows, late=time.monotonic() > ticket.deadline)
         return await self._reply(request, served, asked, answer)

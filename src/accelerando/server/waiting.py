@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
 from concurrent.futures import CancelledError, Future
 
 from accelerando.errors import ClosedError
@@ -22,7 +23,7 @@ async def result_of(future: Future[Answer], receive: Receive) -> Answer:
         ServingError: the runtime did not answer.
     """
     if not future.done():
-        loop = asyncio.get_running_loop()
+        loop, here = asyncio.get_running_loop(), threading.get_ident()
         woken: asyncio.Future[str | None] = loop.create_future()
         watchers: list[asyncio.Task[None]] = []
 
@@ -35,7 +36,10 @@ async def result_of(future: Future[Answer], receive: Receive) -> Answer:
 
         def wake(_: Future[Answer]) -> None:
             try:
-                loop.call_soon_threadsafe(settle)
+                if threading.get_ident() == here:  # the loop is awake
+                    settle()
+                else:
+                    loop.call_soon_threadsafe(settle)
             except RuntimeError:
                 log.debug("an answer came after the event loop had been closed")
 
