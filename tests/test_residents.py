@@ -88,6 +88,43 @@ def test_a_rung_that_answers_otherwise_than_certified_is_not_stood_on(tmp_path: 
     residents.close()
 
 
+def test_only_calls_that_are_timed_hold_the_cores(tmp_path: Path, scripts: list[Script]) -> None:
+    """The first call of a size may build a session, which takes long: a request must not wait for it."""
+    bundle, cores = write_bundle(tmp_path / "b"), threading.Lock()
+    calls: list[tuple[int, bool]] = []
+
+    class Watched(ScriptedRunner):
+        def __call__(self, leaves: Any) -> Any:
+            calls.append((len(leaves[0]), cores.locked()))
+            return super().__call__(leaves)
+
+    residents = Residents(bundle, lambda rung: Watched(scripts[0]), cores)
+    residents.begin((2,))
+    assert residents[2].state == "ready"
+    assert calls[:2] == [(4, False), (1, False)]  # the stored rows, and the first of a single one
+    for size in {size for size, _ in calls[1:]}:
+        held = [locked for rows, locked in calls[1:] if rows == size]
+        assert held == [False] + [True] * costs.CALLS
+    assert not cores.locked()
+    residents.close()
+
+
+def test_a_request_gets_the_cores_while_a_rung_is_proven(tmp_path: Path, scripts: list[Script]) -> None:
+    cores, scripts[0].gate = threading.Lock(), threading.Event()
+    residents = Residents(write_bundle(tmp_path / "b"), lambda rung: ScriptedRunner(scripts[0]), cores)
+    residents.want(2)
+    for _ in range(5000):
+        if scripts[0].calls:
+            break
+        time.sleep(0.001)
+    assert scripts[0].calls == [4]
+    assert cores.acquire(timeout=5)  # as a request does; the rung's call lasts until the gate is opened
+    assert residents[2].state == "loading"
+    cores.release()
+    scripts[0].gate.set()
+    residents.close()
+
+
 def test_a_rung_that_can_not_be_loaded_costs_nothing_else(tmp_path: Path, scripts: list[Script]) -> None:
     scripts[2].error = RuntimeError("no such instruction")
     residents = loaded(write_bundle(tmp_path / "b"), scripts)
@@ -157,7 +194,7 @@ def test_costs_are_the_line_through_what_was_measured() -> None:
         now[0] += 0.002 + 0.0005 * len(leaves[0])
         return list(leaves)
 
-    cost = costs.measure(run, [np.ones((1, 4), np.float32)], 64, clock=lambda: now[0])
+    cost = costs.measure(run, [np.ones((1, 4), np.float32)], 64, threading.Lock(), clock=lambda: now[0])
     assert cost.fixed == pytest.approx(0.002)
     assert cost.per_row == pytest.approx(0.0005)
 

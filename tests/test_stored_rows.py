@@ -105,7 +105,7 @@ def became(bundle: Bundle) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(
     ("backends", "eight_bits"),
-    [(KNOBS, False), (KNOBS, True), (OPENVINO, False)],
+    [(KNOBS, False), (KNOBS, True), pytest.param(OPENVINO, False, marks=pytest.mark.slow)],
     ids=["onnxruntime", "onnxruntime-8-bits", "openvino"],
 )
 def test_a_little_changed_file_is_seen_and_an_untouched_one_is_not(
@@ -151,7 +151,7 @@ def test_answers_that_were_never_stored_prove_nothing(tmp_path: Path) -> None:
 
 
 def test_an_audit_asks_them_as_they_were_asked_when_they_were_stored(tmp_path: Path) -> None:
-    """In one call, however few rows a batch may have: 8-bit ranges that are found at each call depend on all its rows."""
+    """In one call, however few rows a batch may have: 8-bit ranges found at each call depend on all its rows."""
     bundle, cores = write_bundle(tmp_path / "b"), threading.Lock()
     scripts = [Script() for _ in bundle.ladder]
     numbers = {rung.recipe.key: number for number, rung in enumerate(bundle.ladder)}

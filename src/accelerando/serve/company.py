@@ -67,10 +67,13 @@ class Company:
         Raises:
             GoneError: the rung is not in memory (any longer).
         """
+        return batches.run_within(self._runner(number), leaves, self.residents.most_rows)
+
+    def _runner(self, number: int) -> Runner:
         runner = self.residents[number].runner
         if runner is None:
             raise GoneError(f"rung {number} has just left the memory")
-        return batches.run_within(runner, leaves, self.residents.most_rows)
+        return runner
 
     def audit(self, cores: threading.Lock) -> None:
         """Look at one answer that was kept, and at the inputs; a rung that agrees too seldom is quarantined."""
@@ -78,14 +81,18 @@ class Company:
         if self.watch is None or best is None:
             return
 
-        def run(number: int, leaves: Sequence[Array]) -> list[Array]:
+        def run(leaves: Sequence[Array]) -> list[Array]:
             with cores:
-                return self.run(number, leaves)
+                return self.run(best.number, leaves)
+
+        def run_whole(number: int, leaves: Sequence[Array]) -> list[Array]:
+            with cores:
+                return self._runner(number)(leaves)
 
         try:
             if self.drift is not None:
                 self.drift.look()
-            found = self.watch.audit(lambda leaves: run(best.number, leaves), best=best.number, run=run)
+            found = self.watch.audit(run, best=best.number, run=run_whole)
         except Exception as error:  # noqa: BLE001  a request that fails again was told to its caller: no news of a rung
             log.debug("an audit failed: %s", error)
             return

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from accelerando.trial import Evidence
 SIZES = (1, 2, 4, 8, 16, 32)
 CALLS = 7  # of each size: the median of seven is not moved by three that were disturbed
 SECONDS = 0.4  # for all sizes together, but for the first
+PAUSE = 1e-3  # seconds between calls: a request that waits for the cores wakes up and takes them
 MOST_TAIL = 3.0  # a longer tail is the machine's, and is seen in the slow-down
 
 
@@ -37,13 +40,17 @@ def measure(
     run: Callable[[Sequence[Array]], list[Array]],
     row: Sequence[Array],
     most_rows: int,
+    cores: AbstractContextManager[Any],
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
-    """The cost of a loaded and warm rung.
+    """The cost of a loaded rung.
 
     Args:
+        run: the rung, flat inputs to flat outputs.
         row: the inputs of one row, or of the one batch that the model takes where `most_rows` is that.
         most_rows: the greatest batch to try.
+        cores: held during each timed call, and no longer: the first call of a size, which may have to make room for
+            it or to build a session, is not timed and needs no quiet.
     """
     known: list[tuple[int, float]] = []
     spent = 0.0
@@ -52,12 +59,14 @@ def measure(
         if known and spent + CALLS * known[-1][1] * 2 > SECONDS:
             break
         leaves = [np.repeat(leaf, size, axis=0) for leaf in row] if size != given else list(row)
-        run(leaves)  # the first call of a size makes room for it
+        run(leaves)
         times = []
         for _ in range(CALLS):
-            start = clock()
-            run(leaves)
-            times.append(clock() - start)
+            with cores:
+                start = clock()
+                run(leaves)
+                times.append(clock() - start)
+            time.sleep(PAUSE)
         spent += sum(times)
         known.append((size, float(np.median(times))))
     return fit(known)

@@ -20,7 +20,7 @@ from accelerando.ladder import Rung
 from accelerando.recipe import Runner
 from accelerando.signature import Array
 
-START_SECONDS = 120.0  # for loading a rung
+START_SECONDS = 120.0  # for coming up, and for loading a rung
 CALL_SECONDS = 30.0  # for one call: what takes longer hangs
 
 
@@ -36,6 +36,9 @@ class Apart:
     Args:
         path: of the bundle, whose files the process opens and checks itself.
         seconds: after which a call is given up, and the process killed.
+
+    Raises:
+        LostError: the process does not come up.
     """
 
     def __init__(self, path: Path, seconds: float = CALL_SECONDS) -> None:
@@ -49,7 +52,7 @@ class Apart:
             self._spawn()
 
     def pid(self) -> int:
-        """Of the process, or of this one while it has died."""
+        """Of the process, which is up, or of this one while it has died."""
         process = self._process
         return process.pid if process else os.getpid()
 
@@ -94,11 +97,13 @@ class Apart:
         self._ask(("start", key), START_SECONDS)
         self._started.add(key)
 
-    def _ask(self, message: tuple[Any, ...], seconds: float) -> Any:
+    def _ask(self, message: tuple[Any, ...] | None, seconds: float) -> Any:
+        """What the process replies; without a message, what it says by itself."""
         if self._line is None:
             raise LostError("the process of the rungs was ended")
         try:
-            self._line.send(message)
+            if message is not None:
+                self._line.send(message)
             if not self._line.poll(seconds):
                 raise LostError(f"no answer came within {seconds:g} s; the process was killed")
             fine, reply = self._line.recv()
@@ -133,6 +138,7 @@ class Apart:
             )
         self._line = Connection(ours.detach())
         self._started = set()
+        self._ask(None, START_SECONDS)  # until then it imports, and what it holds is not yet what it holds idle
 
     def _kill(self) -> None:
         if self._line is not None:
@@ -158,10 +164,11 @@ class _Remote(Runner):
 
 
 def work() -> None:
-    """What the process does: answers until its server hangs up."""
+    """What the process does: says that it is up, and answers until its server hangs up."""
     line, path = Connection(int(sys.argv[1])), Path(sys.argv[2])
     runners: dict[str, Runner] = {}
     with suppress(EOFError, OSError):
+        line.send((True, None))
         while True:
             kind, key, *rest = line.recv()
             try:

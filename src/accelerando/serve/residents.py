@@ -27,6 +27,7 @@ from accelerando.serve import costs
 from accelerando.serve.aims import promise
 from accelerando.serve.batches import joinable
 from accelerando.serve.governor import RungState
+from accelerando.serve.stored_rows import StoredRows
 from accelerando.signature import Array
 
 VOTES, VOTE_SECONDS = 10, 5.0  # a rung that is out must be missed this often, for this long, before another makes room
@@ -85,7 +86,7 @@ class Residents:
         self._promises = [promise(rung, bundle.ladder) for rung in bundle.ladder]
         self._tails = [costs.tail(rung.evidence) for rung in bundle.ladder]
         self._shared = _shared(bundle.ladder.rungs)
-        self._parity = bundle.parity
+        self._stored = StoredRows(bundle)
         self._row = self._one_row()
         self._wanted: list[int] = []
         self._loader: threading.Thread | None = None
@@ -193,27 +194,23 @@ class Residents:
             return not self._closed
 
     def _proven(self, rung: Rung, runner: Runner) -> costs.Cost:
-        """The cost of a rung that answers as it did when it was certified; its first calls warm it."""
+        """The cost of a rung that answers as it did when it was certified.
 
-        def run(leaves: Sequence[Array]) -> list[Array]:
-            with self._cores:
-                answers = runner(leaves)
-            time.sleep(0)  # requests go first
-            return answers
-
-        if self._parity:
-            answers = run(self._parity.inputs)
-            if wrong := self._parity.deviation(rung.recipe.key, answers):
-                runner.close()
-                raise BundleError("differs", f"it does not answer as it did when it was certified: {wrong}")
-        run(self._row)
-        return costs.measure(run, self._row, self.most_rows)
+        Only the calls that are timed hold the cores.  The first calls may have to build a second session, which takes
+        many times as long as a call: a request that waited for them would wait for all of that, while one that runs
+        beside them is merely slower.  Nobody else knows of the runner yet, so no lock is needed for its sake.
+        """
+        parity, key = self._stored.parity, rung.recipe.key
+        if parity and (wrong := self._stored.deviation(key, runner(parity.inputs))):
+            runner.close()
+            raise BundleError("differs", f"it does not answer as it did when it was certified: {wrong}")
+        return costs.measure(runner, self._row, self.most_rows, self._cores)
 
     def _one_row(self) -> list[Array]:
         """Inputs of one row, or of the one batch that the model takes."""
         signature = self.bundle.signature
-        if self._parity:
-            return [leaf[: signature.fixed_batch or 1] for leaf in self._parity.inputs]
+        if parity := self._stored.parity:
+            return [leaf[: signature.fixed_batch or 1] for leaf in parity.inputs]
         shapes = [[axis if isinstance(axis, int) else 1 for axis in port.shape] for port in signature.inputs]
         return [np.zeros(shape, port.dtype) for shape, port in zip(shapes, signature.inputs, strict=True)]
 

@@ -24,6 +24,7 @@ from accelerando.bundle import Bundle
 from accelerando.interval import CONFIDENCE, Interval
 from accelerando.serve.anytime import ConfidenceSequence
 from accelerando.serve.likeness import Likeness, Promise
+from accelerando.serve.stored_rows import StoredRows
 from accelerando.signature import Array
 
 SHARE = 0.01  # of the requests are audited
@@ -100,8 +101,8 @@ class Watch:
             raise ValueError(f"a share must lie in [0, 1], but is {share}")
         self.share, self.reference = share, reference
         self.audited = self.missed = 0
-        self._bundle, self._parity = bundle, bundle.parity
-        self._likeness = Likeness(bundle, self._parity)
+        self._bundle, self._stored = bundle, StoredRows(bundle)
+        self._likeness = Likeness(bundle, self._stored.parity)
         self._rows = None if bundle.signature.fixed_batch else rows
         self._most, self._most_bytes = most, most_bytes
         self._random = random.Random(seed)
@@ -147,8 +148,8 @@ class Watch:
             run_best: the reference rung, flat inputs to flat outputs.  What it raises is passed on, and the request
                 is not tried again.
             best: the number of that rung, where it may have changed; as `refer_to`.
-            run: any rung that is loaded, by its number; with it, the audited rung is asked the stored rows too, at its
-                first audit and at every 50th after it.
+            run: any rung that is loaded, by its number, all rows in one call, as they were asked when they were stored;
+                with it, the audited rung is asked the stored rows too, at its first audit and at every 50th after it.
         """
         if best is not None:
             self.refer_to(best)
@@ -172,7 +173,7 @@ class Watch:
             return fault
         if not why:
             return Verdict(item.rung)
-        if fault := self.recheck(reference, run_best):
+        if fault := self.recheck(reference, run_best if run is None else lambda leaves: run(reference, leaves)):
             return fault
         with self._lock:
             self._quarantined.add(item.rung)
@@ -188,9 +189,10 @@ class Watch:
             run: the rung, flat inputs to flat outputs; what it raises is passed on.
         """
         key = self._bundle.ladder.rungs[rung].recipe.key
-        if self._parity is None or key not in self._parity.rungs:
+        parity = self._stored.parity
+        if parity is None or key not in parity.rungs:
             return None
-        wrong = self._parity.deviation(key, list(run(list(self._parity.inputs))))
+        wrong = self._stored.deviation(key, list(run(list(parity.inputs))))
         if wrong is None:
             return None
         with self._lock:
