@@ -23,7 +23,7 @@ BENCHMARKS = {
     "judge": ("benchmarks.judge", "how often the judge errs: equals called faster, planted losses missed"),
     "governor": ("benchmarks.governor", "the governor against other policies, simulated"),
     "watching": ("benchmarks.watching", "how soon the quality watch finds a rung that went bad, simulated"),
-    "serve": ("benchmarks.serve", "the governor and the server on a real ladder: calls, overload, reload, memory, bad rungs, bursts"),
+    "serve": ("benchmarks.serve", "the governor and the server on a real ladder, every figure"),
     "requests": ("benchmarks.requests", "requests per second over HTTP, against handlers around the same session"),
     "imports": ("benchmarks.imports", "what importing costs, and what comes along"),
     "overhead": ("benchmarks.overhead", "fast(x) over the raw session's own call"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 from company import POISON, Script, Troupe, troupe
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from accelerando.errors import ClosedError, DeadlineError, OverloadedError, RowsError
@@ -23,6 +24,7 @@ from accelerando.serve.governor import Decision, RungState, Signal
 from accelerando.serve.isolation import LostError
 from accelerando.serve.salvage import PROBE_SECONDS, PROBES, search
 from accelerando.serve.status import Stand
+from accelerando.serve.tickets import Ticket
 from accelerando.signature import Array, Port
 from accelerando.testing.bundles import SIGNATURE
 
@@ -283,8 +285,6 @@ def test_the_mean_quality_never_falls_below_the_goal(make: Any) -> None:
 def test_a_waiting_caller_runs_its_own_request_where_nobody_is_served(make: Any) -> None:
     held = make()
     now = time.monotonic()
-    from accelerando.serve.tickets import Ticket
-
     ticket = Ticket([np.ones((2, 4), np.float32)], 2, now, math.inf)
     answer = held.conductor.answer(ticket)
     np.testing.assert_array_equal(answer.leaves[0], np.ones((2, 3)))
@@ -292,8 +292,6 @@ def test_a_waiting_caller_runs_its_own_request_where_nobody_is_served(make: Any)
 
 
 def test_a_request_that_takes_next_to_nothing_is_answered_at_once(make: Any) -> None:
-    from accelerando.serve.tickets import Ticket
-
     held = make([Script(0.003)] * 3)
     quick = Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic())
     held.conductor.submit(quick, at_once=10.0)
@@ -305,8 +303,6 @@ def test_a_request_that_takes_next_to_nothing_is_answered_at_once(make: Any) -> 
 
 
 def test_many_threads_get_their_own_answers(make: Any) -> None:
-    from accelerando.serve.tickets import Ticket
-
     held = make()
     wrong: list[Any] = []
 
@@ -402,3 +398,232 @@ def test_only_where_more_is_better_can_a_missed_answer_count_as_nothing(make: An
         assert math.isnan(told.effective_quality), "0 would be the best that there is"
     else:
         assert told.effective_quality == pytest.approx(0.9, abs=0.02)
+
+
+class Loop:
+    """An event loop whose turns come when they are told to."""
+
+    def __init__(self) -> None:
+        self.promised: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+
+    def call_soon(self, work: Callable[..., object], *what: Any) -> None:
+        self.promised.append((work, what))
+
+    def ask(
+        self, held: Troupe, value: float = 0.5, rows: int = 1, at_once: float = 10.0, seconds: float = 30.0
+    ) -> Ticket:
+        """Submit a request of so many rows, all of this value."""
+        now = time.monotonic()
+        ticket = Ticket([np.full((rows, 4), value, np.float32)], rows, now, now + seconds)
+        held.conductor.submit_soon(ticket, at_once, self.call_soon)
+        return ticket
+
+    def turn(self) -> None:
+        for _ in range(len(self.promised)):
+            work, what = self.promised.popleft()
+            work(*what)
+
+
+def value_of(ticket: Ticket) -> float:
+    (answer,) = ticket.future.result(WAIT).leaves
+    assert answer.shape == (ticket.rows, 3)
+    assert (answer == answer[0, 0]).all()
+    return float(answer[0, 0])
+
+
+@pytest.mark.parametrize(("most", "expected"), [(8, [8]), (4, [4, 4]), (1, [1] * 8)])
+def test_what_comes_in_one_turn_is_answered_in_the_next(make: Any, most: int, expected: list[int]) -> None:
+    """Together only as far as the governor joins it."""
+    held, loop = make(governor=Stands(1, most)), Loop()
+    tickets = [loop.ask(held, float(i)) for i in range(8)]
+    assert not any(t.future.done() for t in tickets)
+    loop.turn()
+    assert [value_of(t) for t in tickets] == list(range(8))
+    assert held.scripts[1].calls == expected
+    assert held.conductor.tally.requests["answered"] == 8
+
+
+def test_who_comes_alone_turn_after_turn_does_not_wait_for_one_each_time(
+    make: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("accelerando.serve.conductor.TURN", 1e3)  # however slow the machine
+    held, loop = make(governor=Stands(1, 8)), Loop()
+    alone = loop.ask(held)
+    loop.turn()
+    assert alone.future.done()
+    assert loop.ask(held).future.done()
+    together = [loop.ask(held) for _ in range(3)]
+    assert not any(t.future.done() for t in together)
+    loop.turn()
+    assert [t.future.result(WAIT).why.rows for t in together] == [3] * 3
+    assert not loop.ask(held).future.done()
+    loop.turn()
+
+
+@pytest.mark.parametrize(("seconds", "at_once"), [(0.0, 0.0), (0.003, 10.0)])
+def test_what_takes_long_does_not_hold_up_the_loop(make: Any, seconds: float, at_once: float) -> None:
+    held, loop = make([Script(seconds)] * 3, governor=Stands(1, 8)), Loop()
+    gate = held.scripts[1].gate = threading.Event()
+    tickets = [loop.ask(held, float(i), at_once=at_once) for i in range(4)]
+    loop.turn()  # would not end before the gate is open
+    assert not any(t.future.done() for t in tickets)
+    gate.set()
+    assert [value_of(t) for t in tickets] == list(range(4))
+
+
+def test_an_error_in_a_turn_reaches_its_own_caller(make: Any) -> None:
+    held, loop = make(governor=Stands(2, 8)), Loop()
+    fine, bad = [loop.ask(held, float(i)) for i in range(4)], loop.ask(held, float(POISON))
+    loop.turn()
+    assert [value_of(t) for t in fine] == list(range(4))
+    with pytest.raises(RowsError, match="a poisonous row"):
+        bad.future.result(WAIT)
+
+
+def test_an_error_of_the_runtimes_own_in_a_turn_fails_who_it_meets(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held, loop = make(governor=Stands(1, 8)), Loop()
+
+    def broken(number: int) -> float:
+        raise ArithmeticError("no promise")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(held.residents, "promise", broken)
+        tickets = [loop.ask(held) for _ in range(3)]
+        loop.turn()
+        for ticket in tickets:
+            with pytest.raises(RowsError, match="no promise"):
+                ticket.future.result(WAIT)
+    assert held.ask().future.result(WAIT)
+
+
+def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any) -> None:
+    class Moody(Stands):
+        def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+            if self.rows == 0:
+                raise ZeroDivisionError("not today")
+            return super().decide(last, signal, rungs)
+
+    governor = Moody(1, 0)
+    held, loop = make(governor=governor), Loop()
+    tickets = [loop.ask(held), loop.ask(held)]
+    loop.turn()
+    for ticket in (*tickets, held.ask()):
+        with pytest.raises(OverloadedError, match="the governor failed on it: ZeroDivisionError: not today"):
+            ticket.future.result(WAIT)
+    governor.rows = 1
+    assert held.ask().future.result(WAIT)
+
+
+def test_closing_before_the_turn_answers_who_waits_for_it(make: Any) -> None:
+    held, loop = make(governor=Stands(1, 8)), Loop()
+    tickets = [loop.ask(held, float(i), seconds=math.inf) for i in range(5)]
+    held.conductor.close()
+    assert all(t.future.done() for t in tickets)
+    loop.turn()
+    assert [value_of(t) for t in tickets] == list(range(5))
+    with pytest.raises(ClosedError):
+        loop.ask(held)
+
+
+def test_a_company_that_takes_over_before_the_turn_loses_nothing(make: Any) -> None:
+    held, other, loop = make(governor=Stands(2, 8)), make(governor=Stands(2, 8)), Loop()
+    tickets = [loop.ask(held, float(i)) for i in range(5)]
+    held.conductor.conduct(other.conductor.company)
+    for resident in held.residents:
+        resident.runner = None
+    loop.turn()
+    assert [value_of(t) for t in tickets] == list(range(5))
+    assert sum(other.scripts[2].calls) == 5
+
+
+def test_who_gives_up_before_the_turn_is_not_computed(make: Any) -> None:
+    held, loop = make(governor=Stands(2, 8)), Loop()
+    gone, stays = loop.ask(held, rows=3), loop.ask(held, rows=2)
+    assert gone.future.cancel()
+    assert held.conductor.waiting_rows == 2
+    loop.turn()
+    assert stays.future.result(WAIT)
+    assert held.scripts[2].calls == [2]
+
+
+def test_a_loop_that_has_ended_takes_nobody_with_it(make: Any) -> None:
+    held, ended, loop = make(governor=Stands(2, 8)), Loop(), Loop()
+    left, mine = ended.ask(held, 1.0), loop.ask(held, 2.0)
+    loop.turn()
+    assert (value_of(left), value_of(mine)) == (1.0, 2.0)
+    left, usual = ended.ask(held, 3.0, at_once=0.0), held.ask()
+    assert value_of(left) == 3.0
+    assert usual.future.result(WAIT)
+
+
+STEPS = st.lists(
+    st.tuples(st.sampled_from(["ask", "ask", "ask", "hard", "usual", "turn", "cancel", "conduct"]), st.integers(0, 1)),
+    max_size=30,
+)
+
+
+@settings(max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(steps=STEPS, most=st.sampled_from([1, 3, 8]), closes=st.booleans())
+def test_whatever_comes_between_everybody_is_answered_once(
+    make: Any, steps: list[tuple[str, int]], most: int, closes: bool
+) -> None:
+    held, loops = make(governor=Stands(1, most)), (Loop(), Loop())
+    asked: list[Ticket] = []
+    for number, (step, which) in enumerate(steps):
+        loop = loops[which]
+        if step in ("ask", "hard"):
+            asked.append(loop.ask(held, float(number), 1 + number % 3, at_once=10.0 if step == "ask" else 0.0))
+        elif step == "usual":
+            asked.append(held.ask(np.full((2, 4), float(number), np.float32)))
+        elif step == "turn":
+            loop.turn()
+        elif step == "cancel" and asked:
+            asked[-1].future.cancel()
+        elif step == "conduct":
+            held.conductor.conduct(replace(held.conductor.company))
+    if closes:
+        held.conductor.close()
+    for loop in loops:
+        loop.turn()
+    stayed = [t for t in asked if not t.future.cancelled()]
+    assert [value_of(t) for t in stayed] == [float(t.leaves[0][0, 0]) for t in stayed]
+    held.conductor.close()
+    assert held.conductor.tally.requests["answered"] == len(stayed)
+    assert sum(held.scripts[1].calls) == sum(t.rows for t in stayed)
+    assert held.conductor.waiting_rows == 0
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_loops_and_threads_side_by_side_get_their_own_answers(make: Any, closes: bool) -> None:
+    held = make(governor=Stands(1, 4))
+    asked: list[list[tuple[float, Ticket]]] = [[] for _ in range(6)]
+
+    def client(which: int) -> None:
+        loop = Loop()
+        for i in range(60):
+            value = float(100 * which + i)
+            try:
+                if which % 3 == 2:
+                    ticket = held.ask(np.full((1, 4), value, np.float32))
+                else:
+                    ticket = loop.ask(held, value, at_once=0.0 if which % 3 == 1 and i % 4 == 0 else 10.0)
+            except ClosedError:
+                break
+            asked[which].append((value, ticket))
+            if i % 3 == which % 3:
+                loop.turn()
+        loop.turn()
+
+    clients = [threading.Thread(target=client, args=(which,)) for which in range(len(asked))]
+    for one in clients:
+        one.start()
+    if closes:
+        held.conductor.close()
+    for one in clients:
+        one.join(WAIT)
+        assert not one.is_alive()
+    accepted = [pair for some in asked for pair in some]
+    assert [value_of(ticket) for _, ticket in accepted] == [value for value, _ in accepted]
+    assert closes or len(accepted) == 360
+    held.conductor.close()
+    assert held.conductor.tally.requests["answered"] == len(accepted)

@@ -124,6 +124,19 @@ def test_update_drops_nothing_and_counts_its_version(model: GovernedModel, tmp_p
     assert model.version == model.status().version == 2
 
 
+def test_a_server_asks_from_its_event_loop(path: Path) -> None:
+    async def many() -> list[Any]:
+        soon = asyncio.get_running_loop().call_soon
+        with load(path, goal="p99 <= 10s") as model:
+            tickets = [model.submit_soon([ROW * i], soon) for i in range(20)]
+            model.update(path)
+            tickets += [model.submit_soon([ROW * i], soon) for i in range(20, 40)]
+            return await asyncio.gather(*(asyncio.wrap_future(ticket.future) for ticket in tickets))
+
+    for i, answer in enumerate(asyncio.run(many())):
+        np.testing.assert_allclose(answer.leaves[0], np.full((1, 3), 2.5 * i), rtol=1e-6)
+
+
 def test_update_refuses_what_is_called_otherwise(model: GovernedModel, tmp_path: Path) -> None:
     other = replace(SIGNATURE, inputs=(Port("x", "float32", ("batch", 5)),))
     write_bundle(tmp_path / "other", signature=other, inputs=[np.ones((2, 5), np.float32)])

@@ -15,6 +15,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -56,11 +57,20 @@ class Port:
 
     def fits(self, array: Array) -> bool:
         """Whether an array has this dtype, rank and every fixed axis."""
-        return (
-            array.dtype == self.dtype
-            and array.ndim == len(self.shape)
-            and all(isinstance(want, str) or want == got for want, got in zip(self.shape, array.shape, strict=True))
-        )
+        dtype, fixed = self._wanted
+        shape = array.shape
+        if array.dtype != dtype or len(shape) != len(self.shape):
+            return False
+        for axis, length in fixed:  # noqa: SIM110  every request comes by here, and a generator takes twice as long
+            if shape[axis] != length:
+                return False
+        return True
+
+    @cached_property
+    def _wanted(self) -> tuple[np.dtype[Any], tuple[tuple[int, int], ...]]:
+        """The dtype, and the fixed axes with their lengths."""
+        fixed = tuple((axis, length) for axis, length in enumerate(self.shape) if isinstance(length, int))
+        return np.dtype(self.dtype), fixed
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} ({', '.join(map(str, self.shape))})"

@@ -56,8 +56,11 @@ def split(answers: Sequence[Array], tickets: Sequence[Ticket]) -> list[list[Arra
     for answer in answers:
         if len(answer) != rows:
             raise RowsError(f"{len(answer)} rows came back where {rows} were asked")
-    ends = np.cumsum([t.rows for t in tickets])[:-1]
-    return [list(parts) for parts in zip(*(np.split(answer, ends) for answer in answers), strict=True)]
+    parts, start = [], 0
+    for ticket in tickets:
+        parts.append([answer[start : start + ticket.rows] for answer in answers])
+        start += ticket.rows
+    return parts
 
 
 def run_within(run: Run, leaves: Sequence[Array], most_rows: int) -> list[Array]:

@@ -3,6 +3,7 @@
 Nothing polls: the executor sleeps until a request comes, and a second thread until the next deadline passes, so that a
 request which is dead leaves the queue also while a long batch runs.  Where nobody else is being served, a caller that
 waits anyway runs its own request, which spares two changes of threads; so does one whose request takes next to nothing.
+An event loop does so once in a turn, for all requests that have come in it, so that they can share a batch.
 
 Of locks, `cores` is never taken under another, and under the conductor's own no other than the residents' and the
 watch's is.
@@ -31,6 +32,11 @@ from accelerando.serve.tally import Tally
 from accelerando.serve.tickets import Answer, Explanation, Ticket
 from accelerando.signature import Array
 
+TURN = 2e-3  # usual seconds that a turn of an event loop may spend with requests; what is left is the executor's
+BESIDE = 5e-5  # of them, what a batch takes beside its own
+MOST_ALONE = 31  # requests that are answered each by itself, where few come, before a turn's wait for others is tried
+Soon = Callable[..., object]  # `call_soon` of an event loop
+Lost = tuple[Ticket, str, Exception]  # who is not answered, what the tally calls that, and why
 log = logging.getLogger(__name__)
 
 
@@ -62,6 +68,8 @@ class Conductor:
         self._lock = threading.RLock()
         self._work, self._dead = threading.Condition(self._lock), threading.Condition(self._lock)
         self._busy = self._closing = False
+        self._soon: Soon | None = None  # of the loop that has promised to see to the queue in its next turn
+        self._alone = self._calm = 0  # requests yet to be answered without waiting for others, and of how many
         self._guarded = math.inf  # the deadline for which the second thread sleeps
         self._threads = [threading.Thread(target=self._execute_all, name="accelerando-executor", daemon=True)]
         self._threads.append(threading.Thread(target=self._bury, name="accelerando-deadlines", daemon=True))
@@ -98,6 +106,33 @@ class Conductor:
             finally:
                 self._rest()
 
+    def submit_soon(self, ticket: Ticket, at_once: float, soon: Soon) -> None:
+        """Put a request into the queue, which the caller's event loop sees to in its next turn.
+
+        Whoever has come until then is answered there, together where the governor joins them; what takes longer than
+        `at_once`, or would hold up the loop for more than `TURN`, is the executor's.  A turn costs something too: where
+        one brought no more than one request, some are answered without it before the next is tried.
+
+        Args:
+            soon: the loop's `call_soon`; this is called in its thread.
+
+        Raises:
+            OverloadedError, ClosedError: as `submit`.
+        """
+        if self._alone > 0:
+            self._alone -= 1
+            self.submit(ticket, at_once)
+            return
+        with self._lock:
+            self._admit(ticket)
+            if self._busy:
+                self._enqueue(ticket)  # who is busy wakes the executor when it is done
+                return
+            self._push(ticket)
+            if self._soon != soon:  # no loop has promised, or another one, which may have ended since
+                self._soon = soon
+                soon(self._serve_soon, at_once, soon)
+
     def answer(self, ticket: Ticket) -> Answer:
         """The answer to a request whose caller waits for it; raises what `submit` does, or what became of it."""
         self.submit(ticket, at_once=math.inf)
@@ -110,11 +145,9 @@ class Conductor:
             if at_once and not self._busy and not len(self._queue):
                 alone = (ticket.deadline - ticket.arrived, ticket.rows, ticket.floor)
                 decision = self._footing.decide((alone,), ticket.rows)
-                if decision.rung is not None:
-                    cost = self.company.residents[decision.rung].cost
-                    if at_once == math.inf or (cost is not None and cost.seconds(ticket.rows) <= at_once):
-                        self._busy = True
-                        return Batch([ticket], self.company, decision.rung, decision.why)
+                if decision.rung is not None and self._is_brief(decision.rung, ticket.rows, at_once):
+                    self._busy = True
+                    return Batch([ticket], self.company, decision.rung, decision.why)
             self._enqueue(ticket)
             return None
 
@@ -141,14 +174,18 @@ class Conductor:
             )
 
     def _enqueue(self, ticket: Ticket) -> None:
-        if not self._queue.push(ticket):
-            self.tally.turned_away("refused", ticket.rows)
-            raise OverloadedError(f"{self._queue.rows:,} rows wait already; try again later, or send less")
-        ticket.future.add_done_callback(lambda future: self._forget(ticket) if future.cancelled() else None)
+        """Put it into the queue for the executor."""
+        self._push(ticket)
         if ticket.deadline < self._guarded:
             self._dead.notify()
         if not self._busy:
             self._work.notify()
+
+    def _push(self, ticket: Ticket) -> None:
+        if not self._queue.push(ticket):
+            self.tally.turned_away("refused", ticket.rows)
+            raise OverloadedError(f"{self._queue.rows:,} rows wait already; try again later, or send less")
+        ticket.future.add_done_callback(lambda future: self._forget(ticket) if future.cancelled() else None)
 
     def _forget(self, ticket: Ticket) -> None:
         """Its caller gave up: its rows leave the queue at once."""
@@ -167,44 +204,95 @@ class Conductor:
                     self._dead.notify_all()  # whose thread ends with this one
                     return
                 batch, lost = self._next() if len(self._queue) else (None, [])
-                audit = batch is None and not lost
-                self._busy = audit or batch is not None
+                self._busy = True
             try:
-                for ticket, how, error in lost:
-                    self._refuse(ticket, how, error)
-                if batch is not None:
-                    self._serve(batch)
-                elif audit:
-                    self.company.audit(self._cores)
-            except Exception as error:  # the executor outlives whatever it meets, or nobody is answered any more
-                log.exception("an error of the executor's own")
-                for ticket in batch.tickets if batch else ():
-                    if not ticket.future.done():
-                        ticket.future.set_exception(of_rows(error))
+                self._attend(batch, lost)
             finally:
                 self._rest()
+
+    def _serve_soon(self, at_once: float, soon: Soon) -> None:
+        """See to the queue in an event loop's turn, as far as that may do so; the rest is the executor's."""
+        left = TURN
+        with self._lock:
+            if self._soon == soon:
+                self._soon = None
+            if self._busy or not len(self._queue):
+                self._guard()
+                return
+            self._busy = True
+            self._calm = 0 if len(self._queue) > 1 else min(2 * self._calm + 1, MOST_ALONE)
+            self._alone = self._calm
+        try:
+            while True:
+                with self._lock:
+                    batch, lost = self._next(at_once, left)
+                if batch is None and not lost:
+                    return
+                cost = batch.company.residents[batch.rung].cost if batch else None
+                left -= BESIDE + (cost.seconds(batch.rows) if batch and cost else 0.0)
+                self._attend(batch, lost)
+        finally:
+            self._rest()
+
+    def _attend(self, batch: Batch | None, lost: list[Lost]) -> None:
+        """Refuse those who are lost, and serve a batch; audit where there is neither."""
+        try:
+            for ticket, how, error in lost:
+                self._refuse(ticket, how, error)
+            if batch is not None:
+                self._serve(batch)
+            elif not lost:
+                self.company.audit(self._cores)
+        except Exception as error:  # the executor outlives whatever it meets, or nobody is answered any more
+            log.exception("an error of the executor's own")
+            for ticket in batch.tickets if batch else ():
+                if not ticket.future.done():
+                    ticket.future.set_exception(of_rows(error))
 
     def _rest(self) -> None:
         """What ran is done: whoever waits for the cores may go on."""
         with self._lock:
             self._busy = False
+            self._guard()
             if len(self._queue) or self._closing or self.company.may_audit():
                 self._work.notify()
 
-    def _next(self) -> tuple[Batch | None, list[tuple[Ticket, str, Exception]]]:
-        """The next batch, or none where the head had to be refused; and who is lost, how, and why."""
-        lost: list[tuple[Ticket, str, Exception]] = []
-        lost += [(ticket, "expired", _expired()) for ticket in self._queue.expired(self._clock())]
+    def _guard(self) -> None:
+        """Have the deadlines of all who still wait watched: those who wait for a loop's next turn only are not."""
+        if self._queue.next_deadline() < self._guarded:
+            self._dead.notify()
+
+    def _next(self, at_once: float = math.inf, most: float = math.inf) -> tuple[Batch | None, list[Lost]]:
+        """The next batch, and who is lost.
+
+        None where the head had to be refused, where nobody waits, and where the head would take longer than `at_once`
+        or its batch than `most` seconds.
+        """
+        lost: list[Lost] = [(ticket, "expired", _expired()) for ticket in self._queue.expired(self._clock())]
         head = self._queue.head()
         if head is None:
             return None, lost
-        decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
+        try:
+            decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
+        except Exception as error:  # a governor of somebody's own fails: that costs its request, not the executor
+            log.exception("the governor failed")
+            self._queue.remove(head)
+            words = f"the governor failed on it: {type(error).__name__}: {error}"
+            return None, [*lost, (head, "refused", OverloadedError(words))]
         if decision.rung is None:
             self._queue.remove(head)
             return None, [*lost, (head, "refused", OverloadedError(f"it was refused: {decision.why}"))]
+        rows = max(decision.rows, head.rows)
+        if not (self._is_brief(decision.rung, head.rows, at_once) and self._is_brief(decision.rung, rows, most)):
+            return None, lost
         state = next(s for s in self._footing.states() if s.number == decision.rung)
         tickets = self._queue.take(decision.rows, state.quality)
         return Batch(tickets, self.company, decision.rung, decision.why), lost
+
+    def _is_brief(self, rung: int, rows: int, seconds: float) -> bool:
+        """Whether so many rows should take a rung no longer than so many seconds."""
+        cost = self.company.residents[rung].cost
+        return seconds == math.inf or (cost is not None and cost.seconds(rows) <= seconds)
 
     def _serve(self, batch: Batch) -> None:
         """Run one batch, and answer each of its requests."""

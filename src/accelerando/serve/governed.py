@@ -21,7 +21,7 @@ from accelerando.serve import reception
 from accelerando.serve.account import status_of
 from accelerando.serve.aims import Aims
 from accelerando.serve.company import Terms, assemble
-from accelerando.serve.conductor import Conductor
+from accelerando.serve.conductor import Conductor, Soon
 from accelerando.serve.governor import PRESETS, Decides
 from accelerando.serve.runtime import MachineWarning
 from accelerando.serve.status import Status
@@ -131,10 +131,33 @@ class GovernedModel:
         min_quality: float | None = None,
         priority: int = 0,
     ) -> Ticket:
-        """Put a request of flat inputs into the queue; see `server.repository.Served.submit`."""
+        """Put a request of flat inputs into the queue, never waiting; `ticket.future` gets the answer.
+
+        Args:
+            leaves: one array for each input, in the signature's order.
+            seconds, min_quality, priority: as `server.repository.Served.submit_soon`, and it raises as that.
+        """
         conductor = self._alive()
         ticket = reception.of_leaves(conductor.company, leaves, seconds, min_quality, priority)
         conductor.submit(ticket, 0.0 if self._terms.isolated else AT_ONCE)
+        return ticket
+
+    def submit_soon(
+        self,
+        leaves: Sequence[Array],
+        soon: Soon,
+        *,
+        seconds: float | None = None,
+        min_quality: float | None = None,
+        priority: int = 0,
+    ) -> Ticket:
+        """Put a request of a server into the queue; see `server.repository.Served.submit_soon`."""
+        conductor = self._alive()
+        ticket = reception.of_bound(conductor.company, leaves, seconds, min_quality, priority)
+        if self._terms.isolated:  # its executor waits for another process, and the loop need not
+            conductor.submit(ticket)
+        else:
+            conductor.submit_soon(ticket, AT_ONCE, soon)
         return ticket
 
     # --- change -------------------------------------------------------------------------------------------------

@@ -34,34 +34,39 @@ def of_call(
     arrays = [array_of(torch, x) for x in given] if tensors else given
     leaves = [fit(x, port) for x, port in zip(arrays, signature.inputs, strict=True)]
     check_axes(leaves, signature.inputs)
-    return _ticket(company, leaves, None if deadline is None else amount(deadline, TIME, "deadline")), tensors
+    return of_bound(company, leaves, None if deadline is None else amount(deadline, TIME, "deadline")), tensors
 
 
 def of_leaves(
     company: Company, leaves: Sequence[Array], seconds: float | None, min_quality: float | None, priority: int
 ) -> Ticket:
-    """The request of flat inputs, in the signature's order; raises as `of_call`.
-
-    Args:
-        seconds: until its deadline; what the goal allows, without it.
-        min_quality: the least that will do, in the metric's own unit.
-        priority: as `Ticket.priority`.
-    """
+    """The request of flat inputs, in the signature's order; arguments as `of_bound`, raises as `of_call`."""
     ports = company.residents.bundle.signature.inputs
     if len(leaves) != len(ports):
         raise DataError(f"{len(leaves)} inputs were given, but the model takes {', '.join(map(str, ports))}")
     fitted = [fit(leaf, port) for leaf, port in zip(leaves, ports, strict=True)]
     check_axes(fitted, ports)
-    return _ticket(company, fitted, seconds, min_quality, priority)
+    return of_bound(company, fitted, seconds, min_quality, priority)
 
 
-def _ticket(
+def of_bound(
     company: Company,
     leaves: Sequence[Array],
     seconds: float | None,
     min_quality: float | None = None,
     priority: int = 0,
 ) -> Ticket:
+    """The request of flat inputs that were found to be what the model takes, and are not checked again.
+
+    Args:
+        seconds: until its deadline; what the goal allows, without it.
+        min_quality: the least that will do, in the metric's own unit.
+        priority: as `Ticket.priority`.
+
+    Raises:
+        DataError: there are no rows, or no rung promises that quality.
+        DeadlineError: the deadline has passed.
+    """
     rows = len(leaves[0]) if leaves and leaves[0].ndim else 1
     if rows == 0:
         raise DataError("a batch of no rows was given; give at least one")

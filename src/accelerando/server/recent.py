@@ -97,7 +97,7 @@ def compare(before: Status, after: Status, seconds: float) -> Recent:
     late, refused, expired, failed = (more[name] for name in ("late", "refused", "expired", "failed"))
     answered = _answered(before, after)
     quality = None
-    if more["rows"] and not math.isnan(after.effective_quality):  # the mean times the count is the sum, and sums subtract
+    if more["rows"] and not math.isnan(after.effective_quality):  # mean times count is the sum, and sums subtract
         quality = (after.effective_quality * after.rows - before.effective_quality * before.rows) / more["rows"]
     return Recent(
         seconds=seconds,
