@@ -12,9 +12,10 @@ import numpy as np
 
 from accelerando.bundle import Bundle
 from accelerando.errors import BundleError
+from accelerando.serve.footprint import held_bytes
 from accelerando.serve.governed import GovernedModel, govern
 from accelerando.serve.isolation import Apart
-from accelerando.serve.residents import Residents, held_bytes
+from accelerando.serve.residents import Residents
 from benchmarks.figures import Figure, Found, fewer
 from benchmarks.ladders import Ground
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from accelerando.serve.residents import held_bytes
+from accelerando.serve.footprint import held_bytes
 
 START_SECONDS = 120.0
 COMMAND = (sys.executable, "-c", "from accelerando.cli import main; main()", "serve")

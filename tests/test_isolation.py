@@ -18,8 +18,8 @@ from accelerando.backends.onnxruntime import Onnxruntime
 from accelerando.bundle import Bundle
 from accelerando.errors import BundleError
 from accelerando.recipe import Recipe
+from accelerando.serve.footprint import held_bytes
 from accelerando.serve.isolation import Apart, LostError
-from accelerando.serve.residents import held_bytes
 from accelerando.signature import Signature
 from accelerando.testing.bundles import SIGNATURE, write_bundle
 

@@ -18,6 +18,7 @@ from accelerando.bundle import Bundle
 from accelerando.errors import AccelerandoError, BundleError, RowsError, ServingError
 from accelerando.ladder import Rung
 from accelerando.recipe import Runner
+from accelerando.serve.footprint import give_back
 from accelerando.signature import Array
 
 START_SECONDS = 120.0  # for coming up, and for loading a rung
@@ -177,6 +178,7 @@ def work() -> None:
                     runners[key] = runners.get(key) or _started(path, key)
                 elif kind == "stop":
                     runners.pop(key).close()
+                    give_back()
                 else:
                     reply = runners[key](rest[0])
                 line.send((True, reply))

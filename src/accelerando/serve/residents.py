@@ -6,16 +6,12 @@ once: of each backend the least that any of its rungs took beyond its own files.
 
 from __future__ import annotations
 
-import ctypes
-import gc
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
@@ -26,6 +22,7 @@ from accelerando.recipe import Runner
 from accelerando.serve import costs
 from accelerando.serve.aims import promise
 from accelerando.serve.batches import joinable
+from accelerando.serve.footprint import give_back, held_bytes
 from accelerando.serve.governor import RungState
 from accelerando.serve.stored_rows import StoredRows
 from accelerando.signature import Array
@@ -239,7 +236,7 @@ class Residents:
             with self._cores:
                 runner.close()
             del runner
-            _give_back()
+            give_back()
 
     def missed(self, number: int, now: float) -> None:
         """Told that a rung would have been stood on, were it loaded; missed often enough, it is loaded."""
@@ -310,7 +307,7 @@ class Residents:
             for runner in runners:
                 runner.close()
         del runners
-        _give_back()
+        give_back()
 
     def promise(self, number: int) -> float:
         """The quality that a rung's certificate promises, oriented (`aims.promise`)."""
@@ -339,17 +336,3 @@ def _shared(rungs: Sequence[Rung]) -> dict[str, int]:
         name, beyond = rung.recipe.backend.name, max(rung.evidence.peak_bytes - rung.artifact.bytes, 0)
         shared[name] = min(shared.get(name, beyond), beyond)
     return shared
-
-
-def held_bytes(pid: int) -> int:
-    """Resident memory of a process, in bytes; 0 where this system does not tell."""
-    with suppress(OSError, ValueError, IndexError):
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
-
-
-def _give_back() -> None:
-    """Return freed memory to the system, which C libraries do by themselves only when asked."""
-    gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)

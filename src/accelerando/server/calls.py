@@ -15,6 +15,7 @@ from accelerando.server.access import Settings
 from accelerando.server.protocol import inference
 from accelerando.server.repository import Repository
 from accelerando.server.tracing import Tracing
+from accelerando.server.waiting import woken_by
 
 M = inference().messages
 LARGE = 256 * 2**10  # bytes of a message from which on it is read and written beside the event loop
@@ -141,26 +142,13 @@ async def _result(future: Future[Answer]) -> Answer:
         ServingError: the runtime did not answer.
     """
     if not future.done():
-        loop = asyncio.get_running_loop()
-        woken = loop.create_future()
-
-        def wake(_: Future[Answer]) -> None:
-            with suppress(RuntimeError):  # the loop was closed: nobody waits any more
-                loop.call_soon_threadsafe(_settle, woken)
-
-        future.add_done_callback(wake)
         try:
-            await woken
+            await woken_by(future)
         finally:
             future.cancel()  # does nothing to one that is done
     if future.cancelled():
         raise ClosedError("the server is closing, and dropped the request")
     return future.result()
-
-
-def _settle(woken: asyncio.Future[None]) -> None:
-    if not woken.done():
-        woken.set_result(None)
 
 
 async def _beside(size: int, work: Callable[..., Any], *what: Any) -> Any:

@@ -23,28 +23,13 @@ async def result_of(future: Future[Answer], receive: Receive) -> Answer:
         ServingError: the runtime did not answer.
     """
     if not future.done():
-        loop, here = asyncio.get_running_loop(), threading.get_ident()
-        woken: asyncio.Future[str | None] = loop.create_future()
+        loop, woken = asyncio.get_running_loop(), woken_by(future)
         watchers: list[asyncio.Task[None]] = []
-
-        def settle() -> None:
-            if not woken.done():
-                woken.set_result(None)
 
         def watch() -> None:
             watchers.append(loop.create_task(_depart(receive, woken)))
 
-        def wake(_: Future[Answer]) -> None:
-            try:
-                if threading.get_ident() == here:  # the loop is awake
-                    settle()
-                else:
-                    loop.call_soon_threadsafe(settle)
-            except RuntimeError:
-                log.debug("an answer came after the event loop had been closed")
-
         timer = loop.call_later(UNWATCHED, watch)
-        future.add_done_callback(wake)
         try:
             await woken
         finally:  # also where the server is closing, and cancels us
@@ -59,6 +44,28 @@ async def result_of(future: Future[Answer], receive: Receive) -> Answer:
         return future.result()
     except CancelledError as error:
         raise ClosedError("the server is closing, and dropped the request") from error
+
+
+def woken_by(future: Future[Answer]) -> asyncio.Future[str | None]:
+    """A future of the running event loop that has a result (None) as soon as the runtime has answered."""
+    loop, here = asyncio.get_running_loop(), threading.get_ident()
+    woken: asyncio.Future[str | None] = loop.create_future()
+
+    def settle() -> None:
+        if not woken.done():
+            woken.set_result(None)
+
+    def wake(_: Future[Answer]) -> None:
+        try:
+            if threading.get_ident() == here:  # the loop is awake
+                settle()
+            else:
+                loop.call_soon_threadsafe(settle)
+        except RuntimeError:
+            log.debug("an answer came after the event loop had been closed")
+
+    future.add_done_callback(wake)
+    return woken
 
 
 async def _depart(receive: Receive, woken: asyncio.Future[str | None]) -> None:
