@@ -83,6 +83,7 @@ def told(found: Sent, disturbed: float, windows: Sequence[Window]) -> Found:
     meanwhile &= found.good
     before, then = (float(np.quantile(found.seconds[which], 0.99)) for which in (calm, meanwhile))
     middle = [float(np.median(found.seconds[which])) for which in (calm, meanwhile)]
+    lasted = [w.ended - w.began for w in windows]
     failed, span = int((~found.good).sum()), float(found.planned[-1] - found.planned[0])
     ratio = then / before
     return Found(
@@ -91,8 +92,8 @@ def told(found: Sent, disturbed: float, windows: Sequence[Window]) -> Found:
             Figure("requests that failed meanwhile", f"{failed} of {len(found.good):,}", "none", failed == 0),
         ),
         f"Hot reload: {len(found.good) / span:,.0f} requests/s of {CROWD} rows over HTTP, {LOAD:.0%} of what one "
-        f"connection gets, {found.punctual:.1%} sent on time. The bundle was loaded anew {len(windows)} times: "
-        f"{', '.join(f'{w.how} in {w.ended - w.began:.1f} s' for w in windows)}. p99 was {before * 1e3:.1f} ms in "
-        f"{int(calm.sum()):,} quiet requests, {then * 1e3:.1f} ms in the {int(meanwhile.sum()):,} sent meanwhile; p50 "
+        f"connection gets, {found.punctual:.1%} sent on time. The bundle was loaded anew {len(windows)} times, "
+        f"{windows[0].how} first and then {windows[-1].how}, in {min(lasted):.1f} to {max(lasted):.1f} s each. "
+        f"p99 was {before * 1e3:.1f} ms in {int(calm.sum()):,} quiet requests, {then * 1e3:.1f} ms in the {int(meanwhile.sum()):,} sent meanwhile; p50 "
         f"{middle[0] * 1e3:.1f} and {middle[1] * 1e3:.1f} ms.",
     )
