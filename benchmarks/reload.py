@@ -94,6 +94,6 @@ def told(found: Sent, disturbed: float, windows: Sequence[Window]) -> Found:
         f"Hot reload: {len(found.good) / span:,.0f} requests/s of {CROWD} rows over HTTP, {LOAD:.0%} of what one "
         f"connection gets, {found.punctual:.1%} sent on time. The bundle was loaded anew {len(windows)} times, "
         f"{windows[0].how} first and then {windows[-1].how}, in {min(lasted):.1f} to {max(lasted):.1f} s each. "
-        f"p99 was {before * 1e3:.1f} ms in {int(calm.sum()):,} quiet requests, {then * 1e3:.1f} ms in the {int(meanwhile.sum()):,} sent meanwhile; p50 "
-        f"{middle[0] * 1e3:.1f} and {middle[1] * 1e3:.1f} ms.",
+        f"p99 was {before * 1e3:.1f} ms in {int(calm.sum()):,} quiet requests, {then * 1e3:.1f} ms in the "
+        f"{int(meanwhile.sum()):,} sent meanwhile; p50 {middle[0] * 1e3:.1f} and {middle[1] * 1e3:.1f} ms.",
     )
