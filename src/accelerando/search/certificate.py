@@ -134,7 +134,7 @@ def _promises_more(trial: Trial, failed: Trial, rung: Rung | None, goal: Goal) -
 def _risks(trial: Trial) -> frozenset[str]:
     """The techniques that change what is answered, in a cascade those of its members."""
     recipes = trial.recipe.backend.members or (trial.recipe,)
-    return frozenset(s.name for r in recipes for s in r.steps if s.stage in (Stage.SHAPE, Stage.HEAL, Stage.QUANTIZE))
+    return frozenset(s.name for r in recipes for s in r.steps if s.stage is not Stage.LOWER)
 
 
 def uncertified(history: Sequence[Trial], original: Recipe, goal: Goal) -> tuple[Ladder, Rung]:
