@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from judged import ROWS, known
 
 import accelerando
 from accelerando.adoption import adopt
@@ -41,8 +42,8 @@ from accelerando.techniques.early_exit import EarlyExit
 from accelerando.techniques.export_onnx import ExportOnnx
 from accelerando.testing.bundles import SIGNATURE as SMALL
 from accelerando.testing.bundles import write_bundle
-from accelerando.testing.fakes import fake_artifact, fake_evidence
-from accelerando.trial import Evidence, Refused, Trial, Verified
+from accelerando.testing.fakes import fake_artifact
+from accelerando.trial import Evidence, Refused, Trial
 from accelerando.workload import Chunk, Form, Model, Samples
 
 PLAIN = Recipe((), Onnxruntime())
@@ -333,18 +334,6 @@ def test_a_member_whose_backend_is_not_here_costs_its_rung_alone(tmp_path: Path)
 
 
 # --- the threshold ----------------------------------------------------------------------------------------------
-
-ROWS = 4000
-
-
-def known(
-    recipe: Recipe, speedup: float, right: np.ndarray, original: np.ndarray, refused: Reason | None = None
-) -> Trial:
-    made = fake_evidence(speedup, n=ROWS)
-    evidence = replace(made, scores=right[:, None].astype(float), original_scores=original[:, None].astype(float))
-    if refused:
-        return Trial(recipe, Refused(refused, "", None, evidence, evidence.speedup), 1.0)
-    return Trial(recipe, Verified(fake_artifact(), evidence), 1.0)
 
 
 @dataclass

@@ -9,10 +9,12 @@ import pytest
 
 from accelerando.goal import Goal
 from accelerando.ladder import Rung
+from accelerando.recipe import Recipe
 from accelerando.search.certificate import Order
 from accelerando.search.history import leader, sober
+from accelerando.techniques.early_exit import EarlyExit
 from accelerando.testing.fakes import fake_recipe, fake_trial, fakes_known, original_trial
-from accelerando.trial import Evidence, Trial, Verified
+from accelerando.trial import Evidence, Trial
 
 pytestmark = pytest.mark.usefixtures("_fakes")
 FAITHFUL = Goal.parse("drop <= 1%")
@@ -104,15 +106,22 @@ def test_what_cuts_nothing_stands_in_for_what_cut_too_much_though_both_looked_al
     assert order.best.recipe == plain.recipe
 
 
+def test_a_model_without_its_early_exit_stands_in_for_it() -> None:
+    original = original_trial(n=1000, quality=0.8)
+    whole = trial(1, 4.0)
+    left = replace(trial(1, 8.0), recipe=Recipe((EarlyExit(),), whole.recipe.backend))
+    order, _ = walk([original, left, whole], FAITHFUL, {left.recipe.key: (30, 0)})
+    assert order.best
+    assert order.best.recipe == whole.recipe
+
+
 def test_what_falls_short_of_the_speed_gives_way_to_the_next_in_merit() -> None:
     goal = Goal.parse("speedup >= 4, drop <= 1%")
     original = original_trial(n=1000, quality=0.8)
     first, second = trial(1, 5.0), trial(2, 4.8, worse=1)
     verified = {t.recipe.key: t for t in (original, first, second)}
     order = Order.of(verified, original.recipe, goal)
-    slower = trial(1, 3.9).evidence
-    assert slower
-    order.heard(first, Rung(first.recipe, Verified, replace(slower, split="certify"), certified=True))  # type: ignore[arg-type]
+    order.heard(first, certified(trial(1, 3.9), 0, 0))
     assert [t.recipe for t in order.waiting[:2]] == [original.recipe, second.recipe]
 
 
@@ -120,8 +129,10 @@ def test_a_certificate_that_crashed_lets_the_next_one_in() -> None:
     original = original_trial(n=1000, quality=0.8)
     first, second = trial(1, 6.0), trial(2, 5.9)
     order = Order.of({t.recipe.key: t for t in (original, first, second)}, original.recipe, FAITHFUL)
-    order.heard(order.waiting[0], None)
-    assert order.waiting[1].recipe in (first.recipe, second.recipe)
+    crashed = order.waiting[0]
+    order.heard(crashed, None)
+    (other,) = {first.recipe, second.recipe} - {crashed.recipe}
+    assert order.waiting[1].recipe == other
 
 
 def test_the_original_alone_is_an_order_too() -> None:

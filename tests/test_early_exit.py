@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from judged import ROWS, known
 
 from accelerando.adoption import adopt
 from accelerando.backends.cascade import CONFIDENCES, EXIT, Cascade
@@ -43,7 +44,7 @@ from accelerando.signature import Port, Signature
 from accelerando.techniques.early_exit import PARTS, EarlyExit
 from accelerando.testing.bundles import write_bundle
 from accelerando.testing.fakes import fake_artifact, fake_evidence
-from accelerando.trial import Evidence, Refused, Trial, Verified
+from accelerando.trial import Evidence, Refused, Trial
 from accelerando.workload import Chunk, Form, Lessons, Model, Samples
 
 CLASSES, WIDTH, BLOCKS = 4, 24, 6
@@ -397,19 +398,8 @@ def test_routes_have_no_exits_for_only_a_cascade_gains_by_them(tmp_path: Path) -
 
 # --- the search -------------------------------------------------------------------------------------------------
 
-ROWS = 4000
 WHOLE = Recipe((), Onnxruntime())
 HALF = Recipe((EarlyExit(0.5),), Onnxruntime())
-
-
-def known(
-    recipe: Recipe, speedup: float, right: np.ndarray, original: np.ndarray, refused: Reason | None = None
-) -> Trial:
-    made = fake_evidence(speedup, n=ROWS)
-    evidence = replace(made, scores=right[:, None].astype(float), original_scores=original[:, None].astype(float))
-    if refused:
-        return Trial(recipe, Refused(refused, "", None, evidence, evidence.speedup), 1.0)
-    return Trial(recipe, Verified(fake_artifact(), evidence), 1.0)
 
 
 @dataclass

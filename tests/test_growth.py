@@ -33,7 +33,7 @@ from accelerando.search.growth import Way, next_growth
 from accelerando.search.history import History, Proposal, front_of, leader
 from accelerando.search.proposal import ask
 from accelerando.search.site import Site
-from accelerando.search.space import Space
+from accelerando.search.space import Space, original_recipe
 from accelerando.techniques.distil import Distil
 from accelerando.techniques.export_onnx import ExportOnnx
 from accelerando.techniques.grow import Grow
@@ -296,3 +296,20 @@ def test_no_larger_model_is_taught_that_was_not_measured_and_fast_enough(case: C
             assert any(front_of(t.recipe) == shape_of(trial.recipe) and fits(t, goal) for t in larger[:i])
         elif trial.verified and shape_of(trial.recipe)[1:] == ():
             assert abs(trial.verified.evidence.drop.mid) < 0.01  # the same function
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text", "spared"), [("speedup >= 1.01, drop <= 50%", True), ("drop <= 50%", False)])
+def test_a_larger_model_is_slower_on_purpose_where_quality_is_wanted(
+    case: Case, tmp_path: Path, text: str, spared: bool
+) -> None:
+    load, goal = adopt(case.model, case.test, train=case.train, metric="accuracy"), Goal.parse(text)
+    original = original_recipe(load.model, discover("backends"))
+    quick = Recipe((ExportOnnx(),), Onnxruntime(threads=1))
+    evidence = fake_evidence(1e6, n=len(load.select), original_seconds=1e-3)  # no larger model is as fast as that
+    with Site(tmp_path / "bundle", load, Machine.look(), goal, Budget(120), original) as where:
+        first = attempt(Proposal(original, ""), where.grounds, (), 100.0)
+        trials = (first, Trial(quick, Verified(Artifact(()), evidence), 1.0))
+        larger = Recipe((Grow(width=2.0, depth=1.0), ExportOnnx()), Onnxruntime())
+        trial = attempt(Proposal(larger, ""), where.grounds, trials, 100.0)
+    assert ("loses nothing" in getattr(trial.outcome, "detail", "")) is not spared

@@ -244,7 +244,7 @@ def serve(
     allow_host: Annotated[list[str] | None, typer.Option(help="a name that requests may call it by; many")] = None,
 ) -> None:
     """Serve bundles by the Open Inference Protocol (HTTP and gRPC), with a dashboard at /."""
-    _need("uvicorn", "httptools", "prometheus_client", "grpc", extra="serve")
+    _need("uvicorn", "httptools", "orjson", "prometheus_client", "grpc", extra="serve")
     from accelerando.server.command import Wishes, serve_bundles
 
     serve_bundles(

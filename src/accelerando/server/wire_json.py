@@ -1,7 +1,7 @@
 """JSON as the protocols carry it: read strictly, for it comes from strangers, and written without spaces.
 
-orjson does both where it is installed, some ten times as quickly as the standard library.  What it does not take is
-read again by the standard library, which says what is wrong with it, and decides.
+orjson does both, some ten times as quickly as the standard library.  What it does not take is read again by the
+standard library, which says what is wrong with it, and decides.
 """
 
 from __future__ import annotations
@@ -10,12 +10,9 @@ import json
 from collections import Counter
 from typing import Any
 
-from accelerando.errors import DataError
+import orjson
 
-try:
-    import orjson  # type: ignore[import-not-found, unused-ignore]
-except ImportError:  # slower, and otherwise the same
-    orjson = None  # type: ignore[assignment, unused-ignore]
+from accelerando.errors import DataError
 
 
 def read_json(text: bytes) -> dict[str, Any]:
@@ -46,12 +43,10 @@ def text_of(value: Any) -> bytes:
 
 def finite_text_of(value: Any) -> bytes:
     """As `text_of`, in UTF-8, of a value whose numbers are known to be finite: this does not look."""
-    if orjson is not None:
-        try:
-            return orjson.dumps(value)
-        except TypeError:  # half of a surrogate pair, which JSON can spell and UTF-8 can't; a very large number
-            pass
-    return text_of(value)
+    try:
+        return orjson.dumps(value)
+    except TypeError:  # half of a surrogate pair, which JSON can spell and UTF-8 can't; a very large number
+        return text_of(value)
 
 
 def brief(value: Any) -> str:
@@ -70,14 +65,13 @@ def _parsed(text: bytes) -> Any:
     Of keys that are there twice orjson keeps the last and says nothing.  But each has its colon: where as many keys
     are found as there are colons, none was lost, and where there are more, the strict decoder counts for itself.
     """
-    if orjson is not None:
-        try:
-            value = orjson.loads(text)
-        except ValueError:
-            pass
-        else:
-            if _keys(value) == text.count(b":"):
-                return value
+    try:
+        value = orjson.loads(text)
+    except ValueError:
+        pass
+    else:
+        if _keys(value) == text.count(b":"):
+            return value
     return _DECODER.decode(text.decode("utf-8"))
 
 
