@@ -39,15 +39,14 @@ def caught(ground: Ground) -> Found:
     order = np.random.default_rng(0).permutation(len(ground.x))  # some stretches of the rows are easier than others
     ground = replace(ground, x=ground.x[order], y=ground.y[order])
     with tempfile.TemporaryDirectory() as name:
-        bundle = Path(shutil.copytree(ground.path, Path(name) / "bundle"))
-        found = Bundle.open(bundle)
+        found = Bundle.open(ground.path)
         rung = found.ladder[NUMBER]
-        file = found.folder(rung) / "model.onnx"
         goal = f"speedup >= {rung.speedup.low * 0.9:.3f}"  # those below it are too slow, those above it less good
-        whole, before = file.read_bytes(), right(file, ground)
-        figures, lines = [_control(*audited(ground, bundle, goal, fewer(CONTROL, 100)))], []
+        before = right(found.folder(rung) / "model.onnx", ground)
+        figures, lines = [_control(*audited(ground, found.path, goal, fewer(CONTROL, 100)))], []
         for strength, loss in LOSSES.items():
-            file.write_bytes(whole)
+            bundle = Path(shutil.copytree(ground.path, Path(name) / strength))  # with the answers that were certified
+            file = Bundle.open(bundle).folder(rung) / "model.onnx"
             disturb(file, ground, before - loss)
             after = right(file, ground)
             refused = [refusal(bundle, ground, goal)]

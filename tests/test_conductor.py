@@ -472,12 +472,24 @@ def test_what_takes_long_does_not_hold_up_the_loop(make: Any, seconds: float, at
 
 
 def test_an_error_in_a_turn_reaches_its_own_caller(make: Any) -> None:
+    """By way of the executor: looking for the poisonous rows may take a second."""
     held, loop = make(governor=Stands(2, 8)), Loop()
     fine, bad = [loop.ask(held, float(i)) for i in range(4)], loop.ask(held, float(POISON))
-    loop.turn()
+    with held.conductor._lock:  # the executor can't have begun
+        loop.turn()
+        assert not any(t.future.done() for t in (*fine, bad))
     assert [value_of(t) for t in fine] == list(range(4))
     with pytest.raises(RowsError, match="a poisonous row"):
         bad.future.result(WAIT)
+
+
+def test_a_loop_does_not_wait_for_cores_that_somebody_else_holds(make: Any) -> None:
+    held, loop = make(governor=Stands(1, 8)), Loop()
+    with held.conductor._cores:
+        ticket = loop.ask(held, 3.0)
+        loop.turn()
+        assert not ticket.future.done()
+    assert value_of(ticket) == 3.0
 
 
 def test_an_error_of_the_runtimes_own_in_a_turn_fails_who_it_meets(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:

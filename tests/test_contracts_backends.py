@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,6 +124,7 @@ class Lists(Broken):
 
 
 BUFFER = np.zeros((5, 10), np.float32)
+CLOSED = threading.Event()
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,27 @@ class Scribbles(Broken):
         for x in leaves:
             x += 1
         return answers
+
+
+@dataclass(frozen=True)
+class Selfish(Broken):
+    """Answers wrongly once any of its runners was closed."""
+
+    def load(self, artifact: Artifact, folder: Path, signature: Signature, skeleton: Any = None) -> Runner:
+        runner = super().load(artifact, folder, signature, skeleton)
+        runner.close = CLOSED.set  # type: ignore[method-assign]
+        return runner
+
+    def bend(self, leaves: Sequence[Array], answers: list[Array]) -> list[Array]:
+        return [x * 0 for x in answers] if CLOSED.is_set() else answers
+
+
+@dataclass(frozen=True)
+class Minded(Eager):
+    """Says in its recipe what it was told for a process."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {**super().to_json(), **self.settings}
 
 
 @dataclass(frozen=True)
@@ -242,6 +265,8 @@ class Takes(Eager):
         (Lists, contract.check_ready),
         (Reuses, contract.check_ready),
         (Scribbles, contract.check_inputs),
+        (Selfish, contract.check_shared),
+        (Minded, contract.check_shared),
         (Hides, contract.check_artifact),
         (Meddles, contract.check_model_is_unchanged),
         (Litters, contract.check_model_is_unchanged),

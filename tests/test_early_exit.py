@@ -383,9 +383,19 @@ def test_parts_of_other_exits_are_not_joined() -> None:
 
 
 def test_how_a_hand_over_reads() -> None:
-    told = words.recipe(Recipe((), Cascade.of(*ends(), "margin", 0.83)))
-    part = "ONNX Runtime, early exit (50 %, part {}), 1 thread"
-    assert told == f"cascade: {part.format('front')}, when sure (margin 0.83); else {part.format('rest')}"
+    front, rest = ends(0.7)
+    told = words.recipe(Recipe((), Cascade.of(front, rest, "margin", 0.83)))
+    assert told == "ONNX Runtime, 1 thread, early exit before the last 70 % when sure (margin 0.83)"
+    assert "early exit before the last 50 % when sure" in words.recipe(Recipe((), Cascade.of(*ends(), "entropy", 0.5)))
+
+
+def test_parts_that_run_otherwise_are_told_each() -> None:
+    front, (_, rest) = ends()[0], ends(backend=Onnxruntime(threads=2))
+    told = words.recipe(Recipe((), Cascade.of(front, rest, "margin", 0.83)))
+    part = "ONNX Runtime, early exit (50 %, part {}), {}"
+    assert told == (
+        f"cascade: {part.format('front', '1 thread')}, when sure (margin 0.83); else {part.format('rest', '2 threads')}"
+    )
 
 
 def test_routes_have_no_exits_for_only_a_cascade_gains_by_them(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ def test_a_recipe_is_said_as_a_person_would() -> None:
     assert words.recipe(ORIGINAL) == "PyTorch eager"
     assert words.recipe(BEST) == "ONNX Runtime, int8 static (entropy), 1 thread"
     odd = Recipe((QuantizeStatic(per_channel=False, keep=3),), Onnxruntime(threads=2, arena=False, optimization="none"))
-    said = "ONNX Runtime, int8 static (no per channel, keep 3), 2 threads, no arena, optimization none"
+    said = "ONNX Runtime, int8 static (per tensor, keep 3), 2 threads, no arena, optimization none"
     assert words.recipe(odd) == said
 
 

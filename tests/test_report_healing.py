@@ -30,6 +30,7 @@ from reported import refused as turn_away
 from reported import trials as a_search
 from reported import verified as a_trial
 
+from accelerando.backends.cascade import Cascade
 from accelerando.errors import Reason
 from accelerando.goal import Outcome
 from accelerando.plugins import stored_recipe
@@ -41,10 +42,13 @@ from accelerando.report.story import Story
 from accelerando.report.way import parts
 from accelerando.techniques.distil import Distil
 from accelerando.techniques.drop_layers import DropLayers
+from accelerando.techniques.early_exit import EarlyExit
 from accelerando.techniques.grow import Grow
 from accelerando.techniques.prune_channels import PruneChannels
 from accelerando.techniques.sparsify import Sparsify
 
+PARTS = [Recipe((*HEALED.steps, EarlyExit(0.7, part)), HEALED.backend) for part in ("front", "rest")]
+EXIT = Recipe((), Cascade.of(*PARTS, "margin", 0.91))
 NO_DATA = "there is no training data: pass train=, rows like those of data="
 fronts = st.lists(
     st.one_of(
@@ -79,7 +83,14 @@ def test_a_cascade_names_both_of_its_recipes() -> None:
     )
 
 
-@pytest.mark.parametrize("made", [NARROW, HEALED, CASCADE])
+def test_an_early_exit_is_said_once() -> None:
+    assert words.recipe(EXIT) == (
+        "ONNX Runtime, fewer layers (49 %), healed 8 min, int8 static, "
+        "early exit before the last 70 % when sure (margin 0.91)"
+    )
+
+
+@pytest.mark.parametrize("made", [NARROW, HEALED, CASCADE, EXIT])
 def test_what_a_manifest_holds_is_said_and_taken_apart_alike(made: Recipe) -> None:
     read = stored_recipe(made.to_json(), [str(p) for p in (*made.steps, made.backend)])
     assert words.recipe(read) == words.recipe(made)
@@ -168,6 +179,18 @@ def test_the_way_to_a_cascade_leads_over_its_better_recipe() -> None:
     assert [leg.added for leg in legs] == [
         "ONNX Runtime", "int8 static", "asked first: ONNX Runtime, fewer layers (49 %), healed 2 min, int8 static",
     ]  # fmt: skip
+
+
+def test_the_way_to_an_early_exit_leads_over_the_whole_model() -> None:
+    """Not over its first half alone, which answers worse than all that comes before and after."""
+    half = a_trial(Recipe((*HEALED.steps, EarlyExit(0.7)), HEALED.backend), 9.0)
+    kept = (*healed_trials(), half, a_trial(EXIT, 8.0))
+    legs = Story(a_bundle(kept=kept, climbed=(ORIGINAL, EXIT))).way
+    assert [leg.added for leg in legs[-2:]] == [
+        "healed 6 min", "early exit before the last 70 % when sure (margin 0.91)",
+    ]  # fmt: skip
+    assert legs[-2].seen.recipe == HEALED
+    assert not legs[-1].together
 
 
 # --- what was tried, and what was only measured -----------------------------------------------------------------

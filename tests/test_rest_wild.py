@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import random
 import socket
@@ -18,12 +19,12 @@ from typing import Any
 import chromium
 import numpy as np
 import pytest
-from caller import Caller, call, run
+from caller import Caller, Got, call, run
 from chromium import Chromium
 from clients import programs_of
 from shelf import DOUBLE, FakeServed, FakeShelf, signature_of
 
-from accelerando.server.access import Access, Settings
+from accelerando.server.access import Access, Settings, names_of
 from accelerando.server.exchange import App
 from accelerando.server.openapi import docs_page, example_request
 from accelerando.server.rest import Rest
@@ -197,6 +198,47 @@ def test_pages_and_tokens_are_in_the_document_where_they_are(tmp_path: Path) -> 
         assert "401" not in about["paths"][path]["get"]["responses"]
 
 
+def is_as_described(got: Got, about: dict[str, Any], responses: dict[str, Any]) -> bool:
+    """Whether an error is named in the document, and of the form that stands there."""
+    (content,) = responses[str(got.status)]["content"].items()
+    schema = about["components"]["schemas"][content[1]["schema"]["$ref"].rpartition("/")[2]]
+    kinds = {name: type_of["type"] for name, type_of in schema["properties"].items()}
+    assert (kinds, schema["required"], schema["additionalProperties"]) == ({"error": "string"}, ["error"], False)
+    return got.headers["content-type"] == content[0] and got.json.keys() == {"error"} and bool(got.error)
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("guarded", [False, True])
+def test_the_document_says_where_somebody_may_be_turned_away_and_nowhere_else(
+    tmp_path: Path, guarded: bool, named: bool
+) -> None:
+    (tmp_path / "tokens").write_text("a\n")
+    (tmp_path / "tokens").chmod(0o600)
+    settings = Settings(tokens=tmp_path / "tokens" if guarded else None, hosts=names_of("127.0.0.1") if named else None)
+    app = Access(Rest(FakeShelf({"simple": FakeServed()}), settings), settings)
+    about = call(app, "GET", "/openapi.json", b"", {"Authorization": "Bearer a"}).json
+    operations = [
+        (method.upper(), path.replace("{model}", "simple").replace("{version}", "1"), methods[method]["responses"])
+        for path, methods in about["paths"].items() for method in methods.keys() - {"parameters"}
+    ]  # fmt: skip
+    given = [
+        {"Host": "evil.example"}, {"Host": "evil.example", "Authorization": "Bearer a"}, {"Host": "localhost"},
+        {"Host": "localhost", "Origin": "https://evil.example", "Authorization": "Bearer a"},
+    ]  # fmt: skip
+    seen: dict[tuple[str, str], set[int]] = {(method, path): set() for method, path, _ in operations}
+    for content in ("a\n", "# nobody\n"):
+        (tmp_path / "tokens").write_text(content)
+        for method, path, responses in operations:
+            for got in (call(app, method, path, b"", headers) for headers in given):
+                if got.status in (401, 403):
+                    seen[method, path].add(got.status)
+                    assert is_as_described(got, about, responses), (method, path, got)
+    for method, path, responses in operations:
+        assert seen[method, path] == {int(code) for code in responses} & {401, 403}, (method, path)
+    assert {403} <= seen["POST", "/v2/models/simple/infer"]
+    assert (403 in seen["GET", "/v2/health/live"]) == named
+
+
 def test_the_example_in_the_document_is_a_request_that_works() -> None:
     app = wild_app()
     infer = described(app)["paths"]["/v2/models/{model}/infer"]
@@ -330,6 +372,28 @@ def test_over_a_real_socket(tmp_path: Path) -> None:
             until(lambda: held.tickets)
         until(lambda: held.tickets[0].future.cancelled())  # its client has gone away
         assert b" 200 " in talk(port, post(body, size, close))
+
+
+def test_a_foreign_name_is_turned_away_over_a_real_socket_as_the_document_says() -> None:
+    settings = Settings(hosts=names_of("127.0.0.1"))
+    app = Access(Rest(FakeShelf({"simple": FakeServed()}), settings), settings)
+    with serving(app) as port:
+
+        def ask(path: str, host: str) -> Got:
+            client = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+            try:
+                client.request("GET", path, headers={"Host": host})
+                reply = client.getresponse()
+                return Got(reply.status, dict(reply.getheaders()), reply.read())
+            finally:
+                client.close()
+
+        about = ask("/openapi.json", f"localhost:{port}").json
+        assert ask("/v2", f"127.0.0.1:{port}").status == 200
+        turned_away = ask("/v2", f"evil.example:{port}")
+    assert turned_away.status == 403
+    assert is_as_described(turned_away, about, about["paths"]["/v2"]["get"]["responses"])
+    assert "evil.example" in turned_away.error
 
 
 class SteadyShelf(FakeShelf):

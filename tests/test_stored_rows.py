@@ -81,16 +81,18 @@ def best_answers(x: Array) -> Array:
     return np.maximum(x @ weights()[0], 0) @ weights()[1]
 
 
-def bundle_of(path: Path, content: Path, backends: Sequence[Backend], parity: Parity | None = None) -> Bundle:
+def bundle_of(
+    path: Path, content: Path, backends: Sequence[Backend], parity: Parity | None = None, **more: Any
+) -> Bundle:
     """A bundle whose original answered quite otherwise than its rungs do, so that the wide bound allows much."""
     recipes = [Recipe((), backend) for backend in backends]
-    given: dict[str, Any] = {"parity": parity} if parity else {}
+    given: dict[str, Any] = {**more, **({"parity": parity} if parity else {})}
     bundle = write_bundle(path, recipes=recipes, content=content, signature=WIDE, inputs=[ROWS], **given)
     if parity:
         return bundle
     assert bundle.parity is not None
     original = (bundle.parity.original[0] + np.float32(0.8) * np.abs(bundle.parity.original[0]).max(),)
-    return bundle_of(path.with_name("certified"), content, backends, replace(bundle.parity, original=original))
+    return bundle_of(path.with_name("certified"), content, backends, replace(bundle.parity, original=original), **more)
 
 
 def became(bundle: Bundle) -> list[tuple[str, str]]:
@@ -119,6 +121,25 @@ def test_a_little_changed_file_is_seen_and_an_untouched_one_is_not(
     for state, why in became(Bundle.open(bad.path)):  # its hashes are those of the changed file
         assert state == "failed"
         assert "by the versions, that stored it" in why
+
+
+def test_verify_finds_a_little_changed_file_where_it_was_certified_and_nothing_in_an_untouched_one(
+    tmp_path: Path,
+) -> None:
+    good = bundle_of(tmp_path / "b", save(weights(), tmp_path / "good", eight_bits=True), KNOBS)
+    assert all(finding.passed for finding in good.verify())
+    model = save(disturbed(0.15), tmp_path / "m", eight_bits=True)
+    bad = Bundle.open(bundle_of(tmp_path / "bad", model, KNOBS, good.parity).path)  # its hashes are the new file's
+    wrong = [finding for finding in bad.verify() if not finding.good]
+    assert [finding.code for finding in wrong] == ["differs"] * len(KNOBS)
+    assert all("by the versions, that stored it" in finding.detail for finding in wrong)
+
+
+def test_verify_allows_elsewhere_what_rounding_may_change(tmp_path: Path) -> None:
+    model = save(disturbed(0.15), tmp_path / "m")
+    parity = bundle_of(tmp_path / "b", save(weights(), tmp_path / "good"), KNOBS[:1]).parity
+    moved = bundle_of(tmp_path / "bad", model, KNOBS[:1], parity, machine=replace(Machine.look(), cpu="another"))
+    assert all(finding.passed for finding in moved.verify())
 
 
 def test_that_change_is_subtle() -> None:

@@ -276,12 +276,14 @@ class Bundle:
         """How this machine differs from the one where the evidence was gathered; empty where it carries over."""
         return Machine.look().differences(self.machine)
 
-    def start(self, rung: Rung, model: Any = None, **knobs: Knob) -> Runner:
+    def start(self, rung: Rung, model: Any = None, **settings: Knob) -> Runner:
         """Load a rung in this process, after its files were checked byte by byte.
 
         Args:
             model: the original module, which rungs that are not portable need.
-            knobs: settings of the backend for this process, such as `spinning=False`; one that it lacks is left.
+            settings: of the backend for this process: its knobs, such as `spinning=False`; and `shared=True`, where
+                rungs of this process are to share what they can of memory, which ONNX Runtime's do.  One that the
+                backend does not know is left.
 
         Raises:
             MissingExtraError: its backend, or a package that the backend needs, is not installed.
@@ -302,7 +304,7 @@ class Bundle:
             )
         self.check_rung(rung)
         try:
-            return backend.here(**knobs).load(rung.artifact, self.folder(rung), self.signature, model)
+            return backend.here(**settings).load(rung.artifact, self.folder(rung), self.signature, model)
         except RefusalError:
             raise
         except Exception as error:

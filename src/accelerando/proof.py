@@ -11,6 +11,7 @@ from accelerando import manifest as law
 from accelerando.errors import BundleError, MissingExtraError, ModelError, RefusalError
 from accelerando.goal import Outcome
 from accelerando.ladder import Rung
+from accelerando.machine import Machine
 from accelerando.parity import Parity
 
 if TYPE_CHECKING:
@@ -94,8 +95,9 @@ def _check_answers(bundle: Bundle, rung: Rung, parity: Parity, model: Any) -> No
     if stored is None or len(stored) != len(parity.original) or len(parity.inputs) != len(bundle.signature.inputs):
         raise BundleError("parity", f"no answers of {rung.recipe} were stored, or not for its inputs")
     runner = bundle.start(rung, model)
+    at_home = Machine.look().key == bundle.machine.key
     try:
-        if wrong := parity.deviation(rung.recipe.key, runner(list(parity.inputs))):
+        if wrong := parity.deviation(rung.recipe.key, runner(list(parity.inputs)), at_home):
             raise BundleError("differs", f"{rung.recipe}: {wrong}")
     except (BundleError, RefusalError):
         raise

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from importlib.util import find_spec
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, TypeVar
 
 from accelerando.errors import BrokenPluginError, Reason, RefusalError
@@ -190,6 +191,7 @@ class Backend(Plugin):
     portable: ClassVar[bool] = True  # artifacts run without the user's own code; if not, recipes have no steps
     offers: ClassVar[frozenset[str]] = frozenset()  # what techniques may want of it
     steady: ClassVar[bool] = True  # inputs of one shape take the same time, whatever they hold
+    settings: ClassVar[Mapping[str, Knob]] = MappingProxyType({})  # of this process (`here`): no part of a recipe
 
     @classmethod
     @abstractmethod
@@ -205,8 +207,15 @@ class Backend(Plugin):
         return ()
 
     def here(self, **settings: Knob) -> Backend:
-        """The same with settings of this process, such as `spinning=False`; one that it lacks is left."""
-        return self.with_knobs(**{k: v for k, v in settings.items() if k in self.knobs})
+        """The same for this process alone: its key, its text and what equals it are those of its knobs.
+
+        Args:
+            settings: those that are knobs, such as `spinning=False`, are turned.  All are in `settings`, where `load`
+                finds what is no knob, such as `shared=True`; one that the backend does not know is left.
+        """
+        mine = self.with_knobs(**{k: v for k, v in settings.items() if k in self.knobs})
+        object.__setattr__(mine, "settings", MappingProxyType(settings))
+        return mine
 
     def with_members(self, members: Sequence[Recipe]) -> Backend:
         """The same with other members.

@@ -18,7 +18,7 @@ from accelerando.interval import Floats
 from accelerando.machine import Machine
 from accelerando.metric import primary
 from accelerando.plugins import StoredBackend, recipe_from_json, stored_recipe
-from accelerando.recipe import Artifact, Backend, Knob, Recipe, Runner
+from accelerando.recipe import Artifact, Backend, Recipe, Runner
 from accelerando.signature import Array, Port, Signature
 from accelerando.strict_json import Each, Maybe, Text, canonical, check, parse
 from accelerando.workload import Form, Model, filled
@@ -81,7 +81,6 @@ class Cascade(Backend):
     takes: ClassVar[frozenset[Form]] = frozenset()
     offers: ClassVar[frozenset[str]] = frozenset({"early exits"})
     steady: ClassVar[bool] = False
-    _settings: ClassVar[Mapping[str, Knob]] = MappingProxyType({})  # of this process, for the members: no part of it
 
     def __post_init__(self) -> None:
         if self.confidence not in CONFIDENCES:
@@ -101,11 +100,6 @@ class Cascade(Backend):
         """The cascade of two recipes."""
         first, second = (canonical(recipe.to_json()).decode() for recipe in (fast, better))
         return cls(first, second, confidence, float(threshold))
-
-    def here(self, **settings: Knob) -> Cascade:
-        mine = replace(self)
-        object.__setattr__(mine, "_settings", MappingProxyType(settings))
-        return mine
 
     def with_members(self, members: Sequence[Recipe]) -> Cascade:
         fast, better = members
@@ -147,7 +141,7 @@ class Cascade(Backend):
         return Artifact.gather(folder)
 
     def load(self, artifact: Artifact, folder: Path, signature: Signature, skeleton: Any = None) -> Runner:
-        """Both members in this process.
+        """Both members in this process, with its settings.
 
         Raises:
             BundleError: `cascade.json` does not say what the recipe and the signature say.
@@ -165,7 +159,7 @@ class Cascade(Backend):
                     raise refusal
                 own = (f for f in artifact.files if f.path.startswith(f"{i}/"))
                 part = Artifact(tuple(replace(f, path=f.path.partition("/")[2]) for f in own))
-                backend = member.backend.here(**self._settings)
+                backend = member.backend.here(**self.settings)
                 runners.append(backend.load(part, folder / str(i), ports))
                 loaded.callback(runners[-1].close)
             loaded.pop_all()

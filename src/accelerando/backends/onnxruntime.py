@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from accelerando.backends._arena import join_arena, shrink_arena
+from accelerando.backends._shared import closed, load_once
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.recipe import Artifact, Backend, Runner
@@ -29,7 +31,8 @@ class Onnxruntime(Backend):
     """Run the ONNX file in ONNX Runtime's CPU provider.
 
     The optimized graph is not stored: it holds layouts of the processor that made it, and making it again when the
-    file is loaded takes milliseconds.  Runners are thread-safe.
+    file is loaded takes milliseconds.  Runners are thread-safe.  Where a process is told that they are `shared`, they
+    take memory from one arena, and what has the same files and settings is loaded once.
 
     Args:
         threads: threads within an operator; 0 is ONNX Runtime's own choice, the physical cores.
@@ -100,6 +103,9 @@ class Onnxruntime(Backend):
         return Artifact.gather(folder)
 
     def load(self, artifact: Artifact, folder: Path, signature: Signature, skeleton: Any = None) -> Runner:
+        return load_once(self, artifact, signature, lambda: self._runner(folder, signature))
+
+    def _runner(self, folder: Path, signature: Signature) -> Runner:
         path = folder / "model.onnx"
         if not self.batch:
             return _Dynamic(self._session(path), signature)
@@ -114,6 +120,8 @@ class Onnxruntime(Backend):
         options.log_severity_level = 4  # its errors are raised; what else it would say is for its developers
         options.intra_op_num_threads = self.threads
         options.enable_cpu_mem_arena = self.arena
+        if self.arena and self.settings.get("shared"):
+            join_arena(options)
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
         level = "ORT_DISABLE_ALL" if unoptimized else LEVELS[self.optimization]
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
@@ -131,6 +139,10 @@ class _Dynamic(Runner):
 
     def __call__(self, leaves: Sequence[Array]) -> list[Array]:
         return self._run(self._outputs, _feed(leaves, self._inputs))
+
+    def close(self) -> None:
+        self._run = closed
+        shrink_arena()
 
 
 class _Fixed(Runner):
@@ -152,6 +164,10 @@ class _Fixed(Runner):
         with self._lock:
             self._other = self._other or self._backend._session(self._path).run
             return self._other
+
+    def close(self) -> None:
+        self._fixed = self._other = closed
+        shrink_arena()
 
 
 _Input = tuple[int, str, Any]  # which leaf, the name to feed it by, its dtype

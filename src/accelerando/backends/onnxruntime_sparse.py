@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from accelerando.backends._arena import join_arena, shrink_arena
+from accelerando.backends._shared import closed, load_once
 from accelerando.backends._sparse_products import Compressed, Product, make_sparse, products
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
@@ -86,6 +88,9 @@ class OnnxruntimeSparse(Backend):
         return Artifact.gather(folder)
 
     def load(self, artifact: Artifact, folder: Path, signature: Signature, skeleton: Any = None) -> Runner:
+        return load_once(self, artifact, signature, lambda: self._runner(folder, signature))
+
+    def _runner(self, folder: Path, signature: Signature) -> Runner:
         shapes = json.loads((folder / "matrices.json").read_text())
         try:
             matrices = {
@@ -102,6 +107,8 @@ class OnnxruntimeSparse(Backend):
         options.log_severity_level = 4  # its errors are raised; what else it would say is for its developers
         options.intra_op_num_threads = self.threads
         options.add_session_config_entry("session.intra_op.allow_spinning", "1" if self.spinning else "0")
+        if self.settings.get("shared"):
+            join_arena(options)
         return ort.InferenceSession(str(folder / "model.onnx"), options, providers=["CPUExecutionProvider"])
 
 
@@ -139,6 +146,10 @@ class _Sparse(Runner):
     def __call__(self, leaves: Sequence[Array]) -> list[Array]:
         feed: dict[str, Any] = {i: leaves[at].astype(dtype, copy=False) for at, i, dtype in self._inputs}
         return self._run(self._outputs, feed | self._matrices)
+
+    def close(self) -> None:
+        self._run = closed
+        shrink_arena()
 
 
 def _too_dense(large: list[Product]) -> str:

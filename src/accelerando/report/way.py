@@ -74,8 +74,9 @@ def way_to(seen: Sequence[Seen], original: Recipe, best: Recipe) -> tuple[Leg, .
     """The way to the best, over measured recipes only.
 
     A simpler variant of the best is a recipe whose parts are all parts of the best: steps, backend and settings, the
-    cuts and lessons as far as they begin like the best's, and for a cascade those of its better recipe.  The longest
-    chain of measured variants, each holding the one before, is the way; what was never measured apart is one leg.
+    cuts and lessons as far as they begin like the best's; for a cascade those of its better recipe, for an early exit
+    those of the whole model.  The longest chain of measured variants, each holding the one before, is the way; what was
+    never measured apart is one leg.
     """
     whole = parts(best)
     variants = [s for s in seen if s.recipe != original and parts(s.recipe) <= whole]
@@ -98,13 +99,21 @@ def parts(recipe: Recipe) -> frozenset[Part]:
 
     A step that shapes or heals is a part together with all before it, for it means nothing without them.
     """
-    if len(members := members_of(recipe.backend)) == 2:
-        return parts(members[1]) | {("cascade", recipe.key)}
+    if joined := _joined(recipe):
+        return parts(joined[0]) | {("cascade", recipe.key)}
     front = front_of(recipe)
     found: set[Part] = {("front", front_key(front[: i + 1])) for i in range(len(front))}
     for role, part in [*(("step", s) for s in recipe.steps[len(front) :]), ("backend", recipe.backend)]:
         found |= {(role, part.name), *((role, part.name, setting) for setting in words.changed_knobs(part))}
     return frozenset(found)
+
+
+def _joined(recipe: Recipe) -> tuple[Recipe, str] | None:
+    """Of a cascade, the recipe that it makes faster, and by what, in words."""
+    if exit_ := words.exit_of(recipe.backend):
+        return exit_
+    members = members_of(recipe.backend)
+    return (members[1], f"asked first: {words.recipe(members[0])}") if len(members) == 2 else None
 
 
 def _apart(one: Interval, other: Interval) -> bool:
@@ -113,10 +122,10 @@ def _apart(one: Interval, other: Interval) -> bool:
 
 def _added(recipe: Recipe, new: frozenset[Part]) -> str:
     """The new parts of a recipe in words, in the order in which a recipe is said."""
-    if len(members := members_of(recipe.backend)) == 2:
-        first = f"asked first: {words.recipe(members[0])}"
+    if joined := _joined(recipe):
+        better, first = joined
         rest = new - {("cascade", recipe.key)}
-        return f"{_added(members[1], rest)} + {first}" if rest else first
+        return f"{_added(better, rest)} + {first}" if rest else first
     front = front_of(recipe)
     cut = [step for i, step in enumerate(front) if ("front", front_key(front[: i + 1])) in new]
     backend = recipe.backend

@@ -46,6 +46,7 @@ NAMES = {
 # Knobs whose value says enough without the knob's name.
 SELF_EVIDENT = frozenset({"method", "calibration", "dtype", "precision", "hint", "layout", "format", "mode"})
 TELLING = frozenset({"share", "seconds"})  # knobs that are told at their defaults too
+SWITCHED_OFF = {"per_channel": "per tensor"}  # knobs of which there is a word for what is done instead
 WIDE = 0.5  # an interval this wide, relative to its middle
 CONTROL = re.compile(
     r"\x1b\[[0-?]*[ -/]*[@-~]|\x1b\][^\x07\x1b]*(?:\x07|\x1b\\)|[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]"
@@ -95,7 +96,7 @@ def knob(name: str, value: Knob) -> str:
     if name == "seconds" and isinstance(value, (int, float)):
         return duration(value)
     if value is None or value is False:
-        return f"no {words}"
+        return SWITCHED_OFF.get(name, f"no {words}")
     if value is True:
         return words
     if isinstance(value, str):
@@ -148,11 +149,29 @@ def called(name: str) -> str:
 def recipe(made: Recipe) -> str:
     """A recipe as a person would say it: `ONNX Runtime, int8 static (entropy), 1 thread`."""
     backend: Backend = made.backend
+    if joined := exit_of(backend):
+        return f"{recipe(joined[0])}, {joined[1]}"
     if len(members := members_of(backend)) == 2:
         return f"cascade: {recipe(members[0])}, when sure{_surety(backend)}; else {recipe(members[1])}"
     shaped = front_of(made)
     parts = [called(backend.name), *front(shaped), *(plugin(s) for s in made.steps[len(shaped) :])]
     return clean(", ".join([*filter(None, parts), *changed_knobs(backend)]))
+
+
+def exit_of(backend: Backend) -> tuple[Recipe, str] | None:
+    """The recipe that a cascade leaves early where it is sure, and the exit in words; None where it asks two models.
+
+    Its members are then the front and the rest of one: the same steps, of which the last is the exit.
+    """
+    if not getattr(backend, "hands_over", False):
+        return None
+    front, rest = members_of(backend)
+    if front.backend != rest.backend:
+        return None
+    share = front.steps[-1].knobs.get("share")
+    place = f" before the last {knob('share', share)}" if isinstance(share, float) else ""
+    whole = Recipe(rest.steps[:-1], rest.backend)
+    return whole, f"{called(front.steps[-1].name)}{place} when sure{_surety(backend)}"
 
 
 def _surety(backend: Backend) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Sequence
@@ -14,10 +15,10 @@ from accelerando.errors import RowsError
 from accelerando.goal import Goal
 from accelerando.ladder import Rung
 from accelerando.recipe import Runner
-from accelerando.serve import batches
 from accelerando.serve.aims import Aims
+from accelerando.serve.batches import run_within
 from accelerando.serve.governor import Decides, RungState
-from accelerando.serve.isolation import Apart
+from accelerando.serve.isolation import Apart, Remote
 from accelerando.serve.residents import Residents
 from accelerando.serve.tickets import Ticket
 from accelerando.signature import Array
@@ -61,13 +62,18 @@ class Company:
         if self.watch is not None and best is not None:
             self.watch.refer_to(best.number)
 
-    def run(self, number: int, leaves: Sequence[Array]) -> list[Array]:
+    def run(self, number: int, leaves: Sequence[Array], patience: float = math.inf) -> list[Array]:
         """The answers of a rung, no more rows at a time than it takes; the caller holds the cores.
+
+        Args:
+            patience: seconds that the caller can wait where another process computes.
 
         Raises:
             GoneError: the rung is not in memory (any longer).
+            Unfinished: it takes longer.
         """
-        return batches.run_within(self._runner(number), leaves, self.residents.most_rows)
+        runner, most = self._runner(number), self.residents.most_rows
+        return runner.run(leaves, most, patience) if isinstance(runner, Remote) else run_within(runner, leaves, most)
 
     def _runner(self, number: int) -> Runner:
         runner = self.residents[number].runner
@@ -146,17 +152,19 @@ def assemble(bundle: Bundle, goal: Goal, terms: Terms, cores: threading.Lock, ve
         BundleError: none of its rungs can run here.
         UsageError: the fastest rung alone takes more memory than it may.
     """
-    apart = Apart(bundle.path) if terms.isolated else None
+    apart = Apart(bundle.path, gently=version > 1) if terms.isolated else None
 
     def start(rung: Rung) -> Runner:
         if apart is not None:
             return apart.start(rung)
-        return bundle.start(rung, terms.model, spinning=False)
+        return bundle.start(rung, terms.model, spinning=False, shared=True)
 
     def end() -> None:
-        residents.close()
         if apart is not None:
-            apart.close()
+            with cores:
+                pass  # what it computes is answered first
+            apart.close()  # with all that it holds
+        residents.close()
 
     pid = apart.pid if apart is not None else os.getpid
     residents = Residents(bundle, start, cores, terms.memory, terms.most_rows, pid)

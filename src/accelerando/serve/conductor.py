@@ -1,9 +1,9 @@
 """The conductor: one executor owns the cores, takes requests from the queue, and asks the governor before each batch.
 
-Nothing polls: the executor sleeps until a request comes, and a second thread until the next deadline passes, so that a
-request which is dead leaves the queue also while a long batch runs.  Where nobody else is being served, a caller that
-waits anyway runs its own request, which spares two changes of threads; so does one whose request takes next to nothing.
-An event loop does so once in a turn, for all requests that have come in it, so that they can share a batch.
+Nothing polls: the executor sleeps until a request comes.  Where nobody else is being served, a caller that waits anyway
+runs its own request, which spares two changes of threads; so does one whose request takes next to nothing.  An event
+loop does so once in a turn, for all requests that have come in it, so that they can share a batch; what then takes
+longer than was foreseen, or fails, it leaves to the executor.
 
 Of locks, `cores` is never taken under another, and under the conductor's own no other than the residents' and the
 watch's is.
@@ -18,25 +18,28 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
-from accelerando.errors import ClosedError, DeadlineError, OverloadedError
+from accelerando.errors import ClosedError, OverloadedError
 from accelerando.serve import batches
 from accelerando.serve.batches import Batch
 from accelerando.serve.company import Company
-from accelerando.serve.deadlines import DeadlineQueue
 from accelerando.serve.footing import Footing
 from accelerando.serve.governor import GLANCE, Decides
+from accelerando.serve.isolation import Unfinished
 from accelerando.serve.salvage import Salvage, of_rows
 from accelerando.serve.status import Stand
 from accelerando.serve.tally import Tally
 from accelerando.serve.tickets import Answer, Explanation, Ticket
+from accelerando.serve.waiting_room import Lost, WaitingRoom
 from accelerando.signature import Array
 
 TURN = 2e-3  # usual seconds that a turn of an event loop may spend with requests; what is left is the executor's
 BESIDE = 5e-5  # of them, what a batch takes beside its own
 MOST_ALONE = 31  # requests that are answered each by itself, where few come, before a turn's wait for others is tried
+PATIENCE = 1e-3  # seconds that an event loop waits for another process
 Soon = Callable[..., object]  # `call_soon` of an event loop
-Lost = tuple[Ticket, str, Exception]  # who is not answered, what the tally calls that, and why
+Left = Callable[[], None]  # what is left to do of a batch
 log = logging.getLogger(__name__)
 
 
@@ -61,20 +64,19 @@ class Conductor:
     ) -> None:
         self.tally = Tally()
         self._cores, self._clock = cores, clock
-        self._queue = DeadlineQueue(waiting_rows)
         self._footing = Footing(company, governor, self.tally, clock)
         self._salvage = Salvage(cores, clock)
         self._busy_until = 0.0  # when what runs now should be done
         self._lock = threading.RLock()
-        self._work, self._dead = threading.Condition(self._lock), threading.Condition(self._lock)
+        self._work = threading.Condition(self._lock)
+        self._room = WaitingRoom(self._lock, waiting_rows, self.tally, clock)
+        self._queue = self._room.queue
         self._busy = self._closing = False
+        self._left: Left | None = None  # by an event loop, of a batch that it began; all are busy until it is done
         self._soon: Soon | None = None  # of the loop that has promised to see to the queue in its next turn
         self._alone = self._calm = 0  # requests yet to be answered without waiting for others, and of how many
-        self._guarded = math.inf  # the deadline for which the second thread sleeps
-        self._threads = [threading.Thread(target=self._execute_all, name="accelerando-executor", daemon=True)]
-        self._threads.append(threading.Thread(target=self._bury, name="accelerando-deadlines", daemon=True))
-        for thread in self._threads:
-            thread.start()
+        self._executor = threading.Thread(target=self._execute_all, name="accelerando-executor", daemon=True)
+        self._executor.start()
 
     # --- what is conducted --------------------------------------------------------------------------------------
 
@@ -89,22 +91,25 @@ class Conductor:
 
     # --- requests come ------------------------------------------------------------------------------------------
 
-    def submit(self, ticket: Ticket, at_once: float = 0.0) -> None:
+    def submit(self, ticket: Ticket, at_once: float = 0.0, patience: float = math.inf) -> None:
         """Put a request into the queue.
 
         Args:
-            at_once: where nobody else is being served and it takes no longer than these seconds, it is answered before
+            at_once: where nobody else is being served and it should take no longer than these seconds, it is run before
                 this returns: two changes of threads would take as long.
+            patience: seconds that the caller can then wait for another process; also, where it is not endless, it can't
+                wait until a failure has been looked into.
 
         Raises:
             OverloadedError: no rung could answer it in time, or the queue is full.
             ClosedError: the conductor has been closed.
         """
         if (batch := self._taken(ticket, at_once)) is not None:
+            left = None
             try:
-                self._serve(batch)
+                left = self._serve(batch, patience)
             finally:
-                self._rest()
+                self._rest(left)
 
     def submit_soon(self, ticket: Ticket, at_once: float, soon: Soon) -> None:
         """Put a request into the queue, which the caller's event loop sees to in its next turn.
@@ -121,14 +126,14 @@ class Conductor:
         """
         if self._alone > 0:
             self._alone -= 1
-            self.submit(ticket, at_once)
+            self.submit(ticket, at_once, PATIENCE)
             return
         with self._lock:
             self._admit(ticket)
             if self._busy:
-                self._enqueue(ticket)  # who is busy wakes the executor when it is done
+                self._room.enter(ticket)  # who is busy wakes the executor when it is done
                 return
-            self._push(ticket)
+            self._room.enter(ticket, guarded=False)
             if self._soon != soon:  # no loop has promised, or another one, which may have ended since
                 self._soon = soon
                 soon(self._serve_soon, at_once, soon)
@@ -148,119 +153,97 @@ class Conductor:
                 if decision.rung is not None and self._is_brief(decision.rung, ticket.rows, at_once):
                     self._busy = True
                     return Batch([ticket], self.company, decision.rung, decision.why)
-            self._enqueue(ticket)
+            self._room.enter(ticket)
+            if not self._busy:
+                self._work.notify()
             return None
 
     def _admit(self, ticket: Ticket) -> None:
         """Count it as an arrival, and refuse it at once where it is lost already."""
         if self._closing:
             raise ClosedError("the model was closed; load it again")
-        now = ticket.arrived
-        self._footing.rate.observe(now, ticket.rows, waits=self._busy or len(self._queue) > 0)
-        if ticket.deadline == math.inf:
-            return
-        ahead = self._queue.rows_before(ticket.priority, ticket.deadline)
-        busy = max(self._busy_until - now, 0.0) if self._busy else 0.0
-        needed = self._footing.soonest(ticket, ahead, busy)
-        if now + needed > ticket.deadline:
-            self.tally.turned_away("refused", ticket.rows)
-            if needed == math.inf:
-                raise OverloadedError(
-                    "no rung that is ready promises the quality that it asks for; ask for less, or try again later"
-                )
-            raise OverloadedError(
-                f"{ticket.deadline - now:.3g} s were given, but with {ahead} rows before it even the fastest rung "
-                f"would answer in about {needed:.3g} s; give it longer, or send less"
-            )
-
-    def _enqueue(self, ticket: Ticket) -> None:
-        """Put it into the queue for the executor."""
-        self._push(ticket)
-        if ticket.deadline < self._guarded:
-            self._dead.notify()
-        if not self._busy:
-            self._work.notify()
-
-    def _push(self, ticket: Ticket) -> None:
-        if not self._queue.push(ticket):
-            self.tally.turned_away("refused", ticket.rows)
-            raise OverloadedError(f"{self._queue.rows:,} rows wait already; try again later, or send less")
-        ticket.future.add_done_callback(lambda future: self._forget(ticket) if future.cancelled() else None)
-
-    def _forget(self, ticket: Ticket) -> None:
-        """Its caller gave up: its rows leave the queue at once."""
-        with self._lock:
-            if self._queue.remove(ticket):
-                self.tally.turned_away("cancelled", ticket.rows)
+        busy = max(self._busy_until - ticket.arrived, 0.0) if self._busy else 0.0
+        self._footing.rate.observe(ticket.arrived, ticket.rows, waits=self._busy or len(self._queue) > 0)
+        self._room.admit(ticket, partial(self._footing.soonest, busy=busy))
 
     # --- requests are answered ----------------------------------------------------------------------------------
 
     def _execute_all(self) -> None:
-        while True:
-            with self._lock:
-                while self._busy or not (len(self._queue) or self._closing or self.company.may_audit()):
-                    self._work.wait()
-                if not len(self._queue) and self._closing:
-                    self._dead.notify_all()  # whose thread ends with this one
-                    return
-                batch, lost = self._next() if len(self._queue) else (None, [])
-                self._busy = True
+        while (do := self._to_do()) is not None:
             try:
-                self._attend(batch, lost)
+                do()
             finally:
                 self._rest()
 
+    def _to_do(self) -> Callable[[], object] | None:
+        """What the executor is to do next, as soon as there is something; None when all is over."""
+        with self._lock:
+            while self._left is None and (self._busy or not self._is_wanted()):
+                self._work.wait()
+            if self._left is not None:
+                left, self._left = self._left, None
+                return left
+            if not len(self._queue) and self._closing:
+                return None
+            batch, lost = self._next() if len(self._queue) else (None, [])
+            self._busy = True
+            return partial(self._attend, batch, lost)
+
+    def _is_wanted(self) -> bool:
+        """Whether there is anything for the executor to do, besides what an event loop left to it."""
+        return len(self._queue) > 0 or self._closing or self.company.may_audit()
+
     def _serve_soon(self, at_once: float, soon: Soon) -> None:
         """See to the queue in an event loop's turn, as far as that may do so; the rest is the executor's."""
-        left = TURN
+        seconds = TURN
         with self._lock:
             if self._soon == soon:
                 self._soon = None
             if self._busy or not len(self._queue):
-                self._guard()
+                self._room.guard()
                 return
             self._busy = True
             self._calm = 0 if len(self._queue) > 1 else min(2 * self._calm + 1, MOST_ALONE)
             self._alone = self._calm
+        left: Left | None = None
         try:
-            while True:
+            while left is None:
                 with self._lock:
-                    batch, lost = self._next(at_once, left)
+                    batch, lost = self._next(at_once, seconds)
                 if batch is None and not lost:
                     return
                 cost = batch.company.residents[batch.rung].cost if batch else None
-                left -= BESIDE + (cost.seconds(batch.rows) if batch and cost else 0.0)
-                self._attend(batch, lost)
+                seconds -= BESIDE + (cost.seconds(batch.rows) if batch and cost else 0.0)
+                left = self._attend(batch, lost, PATIENCE)
         finally:
-            self._rest()
+            self._rest(left)
 
-    def _attend(self, batch: Batch | None, lost: list[Lost]) -> None:
-        """Refuse those who are lost, and serve a batch; audit where there is neither."""
+    def _attend(self, batch: Batch | None, lost: list[Lost], patience: float = math.inf) -> Left | None:
+        """Refuse those who are lost, and serve a batch; audit where there is neither.  Returns what is left to do."""
         try:
-            for ticket, how, error in lost:
-                self._refuse(ticket, how, error)
+            for one in lost:
+                self._room.refuse(*one)
             if batch is not None:
-                self._serve(batch)
-            elif not lost:
+                return self._serve(batch, patience)
+            if not lost:
                 self.company.audit(self._cores)
-        except Exception as error:  # the executor outlives whatever it meets, or nobody is answered any more
-            log.exception("an error of the executor's own")
-            for ticket in batch.tickets if batch else ():
-                if not ticket.future.done():
-                    ticket.future.set_exception(of_rows(error))
+        except Exception as error:  # noqa: BLE001  the executor outlives it, or nobody is answered any more
+            self._give_up(batch, error)
+        return None
 
-    def _rest(self) -> None:
-        """What ran is done: whoever waits for the cores may go on."""
+    def _give_up(self, batch: Batch | None, error: Exception) -> None:
+        log.error("an error of the executor's own", exc_info=error)
+        for ticket in batch.tickets if batch else ():
+            if not ticket.future.done():
+                ticket.future.set_exception(of_rows(error))
+
+    def _rest(self, left: Left | None = None) -> None:
+        """What ran is done, but for what is left to the executor: whoever waits for the cores may go on."""
         with self._lock:
-            self._busy = False
-            self._guard()
-            if len(self._queue) or self._closing or self.company.may_audit():
+            self._left, self._busy = left, left is not None
+            self._room.guard()
+            if left is not None or self._is_wanted():
                 self._work.notify()
-
-    def _guard(self) -> None:
-        """Have the deadlines of all who still wait watched: those who wait for a loop's next turn only are not."""
-        if self._queue.next_deadline() < self._guarded:
-            self._dead.notify()
 
     def _next(self, at_once: float = math.inf, most: float = math.inf) -> tuple[Batch | None, list[Lost]]:
         """The next batch, and who is lost.
@@ -268,7 +251,7 @@ class Conductor:
         None where the head had to be refused, where nobody waits, and where the head would take longer than `at_once`
         or its batch than `most` seconds.
         """
-        lost: list[Lost] = [(ticket, "expired", _expired()) for ticket in self._queue.expired(self._clock())]
+        lost = self._room.expired()
         head = self._queue.head()
         if head is None:
             return None, lost
@@ -294,33 +277,67 @@ class Conductor:
         cost = self.company.residents[rung].cost
         return seconds == math.inf or (cost is not None and cost.seconds(rows) <= seconds)
 
-    def _serve(self, batch: Batch) -> None:
-        """Run one batch, and answer each of its requests."""
+    def _serve(self, batch: Batch, patience: float = math.inf) -> Left | None:
+        """Run one batch, and answer each of its requests.
+
+        Returns:
+            What is left to do, for the executor, where the caller has no endless patience: waiting for the cores or for
+            another process (which then holds them), or looking into a failure.
+        """
         resident = batch.company.residents[batch.rung]
         start = self._clock()
         expected = resident.cost.seconds(batch.rows) if resident.cost else 0.0
         self._busy_until = start + expected
+        if not self._cores.acquire(timeout=patience if patience < math.inf else -1):
+            return partial(self._complete, batch, partial(self._serve, batch))
+        alive = [t for t in batch.tickets if t.future.set_running_or_notify_cancel()]
+        if not alive:
+            self._cores.release()
+            return None
+        batch = replace(batch, tickets=alive)
+
+        def run() -> list[Array]:
+            return batch.company.run(batch.rung, batches.join(alive), patience)
+
+        return self._finish(batch, run, start, expected, patience)
+
+    def _finish(
+        self, batch: Batch, run: Callable[[], list[Array]], start: float, expected: float, patience: float = math.inf
+    ) -> Left | None:
+        """Run a batch that holds the cores, or wait until it has run; give them back, and answer."""
         failure: Exception | None = None
-        answers: list[list[Array]] = []
-        with self._cores:
-            alive = [t for t in batch.tickets if t.future.set_running_or_notify_cancel()]
-            batch = replace(batch, tickets=alive)
-            if not alive:
-                return
-            try:
-                answers = batches.split(batch.company.run(batch.rung, batches.join(alive)), alive)
-            except Exception as error:  # noqa: BLE001  whatever a backend raises: each request is tried by itself
-                failure = error
-            end = self._clock()
+        unfinished = False
+        try:
+            answers = batches.split(run(), batch.tickets)
+        except Unfinished as running:
+            unfinished = True
+            rest = partial(self._finish, batch, running.wait, start, expected)
+            return partial(self._complete, batch, rest)
+        except Exception as error:  # noqa: BLE001  whatever a backend raises: each request is tried by itself
+            failure = error
+        finally:
+            if not unfinished:
+                self._cores.release()
         if failure is not None:
+            if patience < math.inf:
+                return partial(self._complete, batch, partial(self._save, batch, failure))
             self._save(batch, failure)
-            return
+            return None
+        end = self._clock()
         self._salvage.succeeded(batch.rung)
         with self._lock:
             self._footing.ran(expected, start, end)
             self.tally.worked(start, end)
             self.tally.batches += 1
         self._deliver(batch, answers, start, end)
+        return None
+
+    def _complete(self, batch: Batch, rest: Callable[[], object]) -> None:
+        """Do what was left to do of a batch."""
+        try:
+            rest()
+        except Exception as error:  # noqa: BLE001  logged
+            self._give_up(batch, error)
 
     def _save(self, batch: Batch, failure: Exception) -> None:
         """A batch failed: what can be saved of it is, and only what is poisonous fails."""
@@ -353,29 +370,6 @@ class Conductor:
             company.note(ticket, leaves, number)
             ticket.future.set_result(Answer(leaves, why))
 
-    def _bury(self) -> None:
-        """Fail each request as soon as its deadline has passed, whatever the executor does."""
-        while True:
-            with self._lock:
-                self._guarded = self._queue.next_deadline()
-                if self._closing and not len(self._queue):
-                    return
-                seconds = self._guarded - self._clock()
-                if seconds > 0:
-                    self._dead.wait(None if seconds == math.inf else seconds)
-                    continue
-                dead = self._queue.expired(self._clock())
-            for ticket in dead:
-                self._refuse(ticket, "expired", _expired())
-            if not dead:
-                time.sleep(1e-4)  # the clock stands between the deadline and what is past it
-
-    def _refuse(self, ticket: Ticket, how: str, error: Exception) -> None:
-        if ticket.future.set_running_or_notify_cancel():
-            with self._lock:
-                self.tally.turned_away(how, ticket.rows)
-            ticket.future.set_exception(error)
-
     # --- what it tells, and the end -----------------------------------------------------------------------------
 
     @property
@@ -404,11 +398,6 @@ class Conductor:
         with self._lock:
             self._closing = True
             self._work.notify_all()
-            self._dead.notify_all()
-        for thread in self._threads:
-            if thread is not threading.current_thread():
-                thread.join()
-
-
-def _expired() -> DeadlineError:
-    return DeadlineError("its deadline passed while it waited; nothing was computed")
+        if self._executor is not threading.current_thread():
+            self._executor.join()
+        self._room.close()

@@ -31,6 +31,7 @@ from accelerando.signature import Array, Signature
 # Seconds: what takes less is computed where it was asked, for an event loop is not held up by it, and what else a
 # request costs is more, so that load is not hidden from the governor.
 AT_ONCE = 1e-4
+AWAY = 4e-4  # more where another process computes, for that spares two changes of threads
 
 
 class GovernedModel:
@@ -154,10 +155,7 @@ class GovernedModel:
         """Put a request of a server into the queue; see `server.repository.Served.submit_soon`."""
         conductor = self._alive()
         ticket = reception.of_bound(conductor.company, leaves, seconds, min_quality, priority)
-        if self._terms.isolated:  # its executor waits for another process, and the loop need not
-            conductor.submit(ticket)
-        else:
-            conductor.submit_soon(ticket, AT_ONCE, soon)
+        conductor.submit_soon(ticket, AT_ONCE + AWAY * self._terms.isolated, soon)
         return ticket
 
     # --- change -------------------------------------------------------------------------------------------------

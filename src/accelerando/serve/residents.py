@@ -24,6 +24,7 @@ from accelerando.serve.aims import promise
 from accelerando.serve.batches import joinable
 from accelerando.serve.footprint import give_back, held_bytes
 from accelerando.serve.governor import RungState
+from accelerando.serve.isolation import Remote
 from accelerando.serve.stored_rows import StoredRows
 from accelerando.signature import Array
 
@@ -172,7 +173,7 @@ class Residents:
             resident.state, resident.why = "loading", ""
         try:
             runner = self._start(resident.rung)
-            cost = self._proven(resident.rung, runner)
+            cost = self._proven(resident.rung, runner.aside() if isinstance(runner, Remote) else runner)
         except AccelerandoError as error:
             return self._leave(resident, "failed", str(error))
         except Exception as error:  # noqa: BLE001  whatever a backend raises: the other rungs go on
@@ -233,8 +234,8 @@ class Residents:
                 resident.state = "out"
             self._publish()
         if runner is not None:
-            with self._cores:
-                runner.close()
+            self._let_finish()
+            runner.close()
             del runner
             give_back()
 
@@ -270,8 +271,8 @@ class Residents:
             runner, resident.runner = resident.runner, None
         self._leave(resident, state, why)
         if runner is not None:
-            with self._cores:
-                runner.close()
+            self._let_finish()
+            runner.close()
 
     def _leave(self, resident: Resident, state: str, why: str) -> bool:
         with self._lock:
@@ -303,11 +304,15 @@ class Residents:
             loader = self._loader
         if loader is not None and loader is not threading.current_thread():
             loader.join()
-        with self._cores:
-            for runner in runners:
-                runner.close()
-        del runners
+        self._let_finish()
+        while runners:
+            runners.pop().close()
         give_back()
+
+    def _let_finish(self) -> None:
+        """Wait until nothing computes with a rung that nobody can begin to compute with any more."""
+        with self._cores:
+            pass
 
     def promise(self, number: int) -> float:
         """The quality that a rung's certificate promises, oriented (`aims.promise`)."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any
 
@@ -117,15 +116,19 @@ class Calls:
             asked = messages.wishes(request, context.time_remaining())
             raw = messages.wants_raw(request, usual=self.always_raw or bool(request.raw_input_contents))
             numbers = messages.chosen(request, signature, settings)
-            leaves = await _beside(request.ByteSize(), messages.leaves, request, signature, settings)
+            if request.ByteSize() < LARGE:
+                leaves = messages.leaves(request, signature, settings)
+            else:
+                leaves = await asyncio.to_thread(messages.leaves, request, signature, settings)
             ticket = served.submit_soon(
                 leaves, asyncio.get_running_loop().call_soon,
                 seconds=asked.seconds, min_quality=asked.min_quality, priority=asked.priority,
             )  # fmt: skip
             answer = await _result(ticket.future)
             trace.answered(answer.why, ticket.rows)
-            size = sum(leaf.nbytes for leaf in answer.leaves)
-            return await _beside(size, messages.reply, request, signature, answer, numbers, raw)
+            if sum([leaf.nbytes for leaf in answer.leaves]) < LARGE:
+                return messages.reply(request, signature, answer, numbers, raw)
+            return await asyncio.to_thread(messages.reply, request, signature, answer, numbers, raw)
 
     async def model_stream_infer(self, request: Any, context: Any) -> Any:
         """The answer to one request of a stream, where a last answer is marked as such if the client asks."""
@@ -146,14 +149,10 @@ async def _result(future: Future[Answer]) -> Answer:
             await woken_by(future)
         finally:
             future.cancel()  # does nothing to one that is done
-    if future.cancelled():
-        raise ClosedError("the server is closing, and dropped the request")
-    return future.result()
-
-
-async def _beside(size: int, work: Callable[..., Any], *what: Any) -> Any:
-    """Done at once where it is small, else in a thread, so that the event loop goes on."""
-    return work(*what) if size < LARGE else await asyncio.to_thread(work, *what)
+    try:
+        return future.result()
+    except CancelledError as error:
+        raise ClosedError("the server is closing, and dropped the request") from error
 
 
 def _no_repository_name(request: Any) -> None:

@@ -42,6 +42,8 @@ def wishes(request: Any, remaining: float | None) -> Wishes:
     Raises:
         DataError: a parameter that is not offered, of another type, or out of range.
     """
+    if not request.parameters:
+        return Wishes(remaining)
     given = plain(request.parameters)
     found = read_wishes({name: value for name, value in given.items() if name not in ASIDE})
     waits = [seconds for seconds in (found.seconds, remaining) if seconds is not None]
@@ -55,26 +57,26 @@ def leaves(request: Any, signature: Signature, settings: Settings) -> list[Array
         DataError: they are not what the model takes, or too many; raw and typed contents are mixed, or do not match in
             number.
     """
-    raw = request.raw_input_contents
     _few(request.inputs, "inputs", settings)
-    if raw and (mixed := [tensor.name for tensor in request.inputs if tensor.HasField("contents")]):
+    raw, inputs = request.raw_input_contents, list(request.inputs)
+    if raw and (mixed := [tensor.name for tensor in inputs if tensor.HasField("contents")]):
         words = "contents field must not be specified when using raw_input_contents"  # Triton's, for which clients look
         raise DataError(f"{words} for {mixed[0]!r} for model {request.model_name!r}")
-    if raw and len(raw) != len(request.inputs):
+    if raw and len(raw) != len(inputs):
         raise DataError(
-            f"{len(raw)} raw_input_contents were given for {len(request.inputs)} inputs; give one for each, in order"
+            f"{len(raw)} raw_input_contents were given for {len(inputs)} inputs; give one for each, in order"
         )
     given: dict[str, tuple[str, Array]] = {}
-    for i, tensor in enumerate(request.inputs):
-        if tensor.name in given:
-            raise DataError(f"the input {tensor.name!r} was given twice")
-        _honoured(tensor, f"the input {tensor.name!r}")
-        shape = list(tensor.shape)
+    for i, tensor in enumerate(inputs):
+        name, datatype, shape = tensor.name, tensor.datatype, [*tensor.shape]
+        if name in given:
+            raise DataError(f"the input {name!r} was given twice")
+        _honoured(tensor, "input")
         if raw:
-            array = tensors.from_raw(tensor.name, tensor.datatype, shape, raw[i])
+            array = tensors.from_raw(name, datatype, shape, raw[i])
         else:
-            array = tensors.from_values(tensor.name, tensor.datatype, shape, _typed(tensor))
-        given[tensor.name] = (tensor.datatype, array)
+            array = tensors.from_values(name, datatype, shape, _typed(tensor))
+        given[name] = (datatype, array)
     bound = tensors.bind(given, signature)
     if len(bound[0]) > settings.max_rows:
         raise DataError(f"a request may hold {settings.max_rows} rows, but this holds {len(bound[0])}; split it")
@@ -103,6 +105,8 @@ def chosen(request: Any, signature: Signature, settings: Settings) -> list[int]:
         DataError: an output that the model does not have, one that is named twice, or asked for in a form that is
             not served.
     """
+    if not request.outputs:
+        return list(range(len(signature.outputs)))
     _few(request.outputs, "outputs", settings)
     names = [port.name for port in signature.outputs]
     found: list[int] = []
@@ -111,15 +115,16 @@ def chosen(request: Any, signature: Signature, settings: Settings) -> list[int]:
             raise DataError(f"the output {output.name!r} was asked for, but the model gives {', '.join(names)}")
         if names.index(output.name) in found:
             raise DataError(f"the output {output.name!r} was asked for twice")
-        _honoured(output, f"the output {output.name!r}")
+        _honoured(output, "output")
         found.append(names.index(output.name))
-    return found or list(range(len(names)))
+    return found
 
 
-def _honoured(tensor: Any, where: str) -> None:
+def _honoured(tensor: Any, kind: str) -> None:
     """A tensor's parameters, of which none is offered: no shared memory, no classification."""
-    if strange := set(tensor.parameters).difference(IGNORED):
-        raise DataError(f"the parameter {min(strange)[:60]!r} of {where} is not offered over gRPC; leave it out")
+    if tensor.parameters and (strange := set(tensor.parameters).difference(IGNORED)):
+        name = f"{min(strange)[:60]!r} of the {kind} {tensor.name!r}"
+        raise DataError(f"the parameter {name} is not offered over gRPC; leave it out")
 
 
 def wants_raw(request: Any, usual: bool) -> bool:
@@ -161,9 +166,9 @@ def _value(name: str, parameter: Any) -> Any:
 def reply(request: Any, signature: Signature, answer: Answer, numbers: Sequence[int], raw: bool) -> Any:
     """The message of an answer, with the outputs of these numbers."""
     message = M.ModelInferResponse(model_name=request.model_name, model_version=str(answer.why.version), id=request.id)
+    parameters = message.parameters
     for key, value in explain(answer.why).items():
-        if value is not None:
-            setattr(message.parameters[key], CHOICES[type(value)], value)
+        setattr(parameters[key], CHOICES[type(value)], value)
     datatypes = [tensors.datatype_of(answer.leaves[i].dtype) for i in numbers]
     raw = raw or not CONTENTS.keys() >= set(datatypes)
     for i, datatype in zip(numbers, datatypes, strict=True):

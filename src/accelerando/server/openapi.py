@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerando.errors import ClosedError, UnknownModelError
-from accelerando.server.access import Settings, is_open
+from accelerando.server.access import SAFE, Settings, is_open
 from accelerando.server.descriptions import own_version
 from accelerando.server.repository import Repository
 from accelerando.server.schemas import BOOL, TEXT, Json, all_schemas, brought, failure, record, ref, told
@@ -49,13 +49,11 @@ def document(settings: Settings, shelf: Repository, *, pages: bool) -> Json:
         pages: whether the dashboard and the metrics are there.
     """
     paths = {**_server_paths(), **_model_paths(), **_repository_paths(), **_page_paths(pages)}
-    named = {403} if settings.hosts is not None else set()
-    errors = {400, 404, 405, *named, *({401, 403} if settings.tokens else ())}
     for path, methods in paths.items():
-        for operation in methods.values():
+        for method, operation in methods.items():
             if isinstance(operation, dict) and "responses" in operation:
-                codes = {*errors, *operation["responses"]} - ({401, 403} - named if is_open(path) else set())
-                _fill_errors(operation, codes)
+                turned_away = _turned_away(settings, method.upper(), path)
+                _fill_errors(operation, {400, 404, 405, *turned_away, *operation["responses"]})
     _give_examples(paths, shelf)
     about: Json = {
         "openapi": "3.1.0",
@@ -74,6 +72,13 @@ def document(settings: Settings, shelf: Repository, *, pages: bool) -> Json:
         for path in filter(is_open, paths):
             paths[path]["get"]["security"] = []
     return about
+
+
+def _turned_away(settings: Settings, method: str, path: str) -> set[int]:
+    """With what `Access` may answer, before anybody looks at the request."""
+    guarded = settings.tokens is not None and not (method in SAFE and is_open(path))
+    foreign = settings.hosts is not None or method not in SAFE  # another host's name, a page of another site
+    return {*((401,) if guarded else ()), *((403,) if guarded or foreign else ())}
 
 
 def _fill_errors(operation: Json, codes: set[Any]) -> None:

@@ -15,7 +15,7 @@ import asyncio
 import logging
 import re
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,35 +194,44 @@ class _Door:
         return grpc.unary_unary_rpc_method_handler(self._unary(method, call))
 
     def _unary(self, method: Method, call: Callable[..., Awaitable[Any]]) -> Any:
+        guarded = method.name not in OPEN
+
         async def answer(data: bytes, context: Any) -> bytes:
+            if guarded and (why := self._unwelcome(context)):
+                await context.abort(*why)
+            self.under_way += guarded
             try:
                 message = await call(_parse(method, data), context)
                 return message.SerializeToString()
             except Exception as error:  # noqa: BLE001  one bad request must not end the server
                 failure = error
+            finally:
+                self.under_way -= guarded
             await context.abort(*_status(failure))
             raise AssertionError("abort always raises")
 
-        async def guarded(data: bytes, context: Any) -> bytes:
-            async with self._inside(context):
-                return await answer(data, context)
-
-        return answer if method.name in OPEN else guarded
+        return answer
 
     def _stream(self, method: Method, call: Callable[..., Awaitable[Any]]) -> Any:
         """Requests one after the other, each answered before the next is read; an error does not end the stream."""
 
         async def answers(requests: Any, context: Any) -> AsyncIterator[bytes]:
-            async with self._inside(context), aclosing(self._until_stopping(context)) as taken:
-                async for data in taken:
-                    request = None
-                    try:
-                        request = _parse(method, data)
-                        message = await call(request, context)
-                    except Exception as error:  # noqa: BLE001  as above
-                        message = method.response(error_message=_status(error)[1])
-                        message.infer_response.id = request.id if request else ""
-                    yield message.SerializeToString()
+            if why := self._unwelcome(context):
+                await context.abort(*why)
+            self.under_way += 1
+            try:
+                async with aclosing(self._until_stopping(context)) as taken:
+                    async for data in taken:
+                        request = None
+                        try:
+                            request = _parse(method, data)
+                            message = await call(request, context)
+                        except Exception as error:  # noqa: BLE001  as above
+                            message = method.response(error_message=_status(error)[1])
+                            message.infer_response.id = request.id if request else ""
+                        yield message.SerializeToString()
+            finally:
+                self.under_way -= 1
 
         return answers
 
@@ -244,29 +253,27 @@ class _Door:
             for task in waiting:
                 task.cancel()
 
-    @asynccontextmanager
-    async def _inside(self, context: Any) -> AsyncIterator[None]:
-        """A call that was let in: its caller has a token, and there is room for it."""
-        await self._admit(context)
+    def _unwelcome(self, context: Any) -> tuple[grpc.StatusCode, str] | None:
+        """Why a call is not let in: its caller has no token, or there is no room for it."""
+        if self.tokens is not None and (words := _without_token(context, self.tokens)):
+            return grpc.StatusCode.UNAUTHENTICATED, words
         if self.under_way >= self.most_calls:
             words = f"{self.under_way} calls are under way, the most that are taken at once; try again later"
-            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, words)
-        self.under_way += 1
-        try:
-            yield
-        finally:
-            self.under_way -= 1
+            return grpc.StatusCode.RESOURCE_EXHAUSTED, words
+        return None
 
-    async def _admit(self, context: Any) -> None:
-        if self.tokens is None:
-            return
-        given = next((value for key, value in context.invocation_metadata() or () if key == "authorization"), "")
-        scheme, _, token = given.partition(" ")
-        if scheme.lower() == "bearer" and self.tokens.admit(token.strip().encode("latin-1", "replace")):
-            return
-        words = "the token is not valid (any longer)" if scheme.lower() == "bearer" else "a token is needed"
-        words += ": send the metadata `authorization: Bearer TOKEN`"
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, words)
+
+def _without_token(context: Any, tokens: Tokens) -> str:
+    """What a caller is told who has none of the tokens; nothing where it has one."""
+    given = next((value for key, value in context.invocation_metadata() or () if key == "authorization"), "")
+    scheme, _, token = given.partition(" ")
+    if scheme.lower() != "bearer":
+        why = "a token is needed"
+    elif tokens.admit(token.strip().encode("latin-1", "replace")):
+        return ""
+    else:
+        why = "the token is not valid (any longer)"
+    return f"{why}: send the metadata `authorization: Bearer TOKEN`"
 
 
 def _refusal(why: str) -> Any:

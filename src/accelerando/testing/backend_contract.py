@@ -185,6 +185,21 @@ def check_inputs(subject: Subject) -> None:
         _ensure_close(subject, expected, runner(awkward))
 
 
+def check_shared(subject: Subject) -> None:
+    """Told to share memory with its like, it stays the same recipe, and goes on where another like it is closed."""
+    backend = subject.backend.here(shared=True, no_such_setting=1)
+    told, plain = ((b.to_json(), str(b), hash(b)) for b in (backend, subject.backend))
+    assert told == plain, f"a setting of this process changed the recipe: {plain} became {told}"
+    one, other = (dataclasses.replace(subject, backend=backend).load() for _ in range(2))
+    leaves = subject.batches()[-1]
+    expected = subject.expected(leaves)
+    _ensure_close(subject, expected, one([x.copy() for x in leaves]))
+    one.close()
+    del one
+    _ensure_close(subject, expected, other([x.copy() for x in leaves]))
+    other.close()
+
+
 def check_model_is_unchanged(subject: Subject) -> None:
     """Compiling changes neither the model that was given nor its files."""
     before = _fingerprint(subject.given)
@@ -257,6 +272,7 @@ CHECKS: tuple[Check, ...] = (
     check_fresh_process,
     check_ready,
     check_inputs,
+    check_shared,
     check_model_is_unchanged,
     check_artifact,
     check_frozen,

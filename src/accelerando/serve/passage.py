@@ -1,0 +1,164 @@
+"""A line between two processes of this program: small values by a socket, large arrays in memory that both see."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import pickle
+import socket
+import struct
+import tempfile
+import time
+import weakref
+from contextlib import suppress
+from typing import Any
+
+LARGE = 2**16  # bytes of arrays from which on they go by memory: less is quicker by the socket
+ALIGNED = 64  # bytes; an array begins at a multiple of it
+HEAD = struct.Struct("<4Q")  # bytes of the message, of its pickle; whether arrays lie in memory; how many there are
+CHUNK = 2 * LARGE
+SPIN = 2e-4  # seconds
+
+
+class Passage:
+    """One end of a line.  For one thread at a time; who sends waits for a reply before it sends again.
+
+    What is sent is pickled, and pickles are loaded here: both ends must be this program.  The bytes of its contiguous
+    arrays are kept out of the pickle (protocol 5) and are copied once, into memory that the other end maps.
+
+    Args:
+        end: of a pair of connected sockets.
+        outbound, inbound: descriptors of files in memory; the other end has them the other way round.
+        keep: whether arrays that are received stay as they are when more is received; else they are not copied.
+    """
+
+    @classmethod
+    def made(cls) -> tuple[Passage, tuple[int, int, int]]:
+        """One end, and the descriptors of the other, to be inherited by another process and then closed here."""
+        ours, theirs = socket.socketpair()
+        there, here = _file(), _file()
+        return cls(ours, there, here, keep=True), (theirs.detach(), os.dup(here), os.dup(there))
+
+    @classmethod
+    def inherited(cls, end: int, outbound: int, inbound: int) -> Passage:
+        """The end of the descriptors that `made` gave."""
+        return cls(socket.socket(fileno=end), outbound, inbound, keep=False)
+
+    def __init__(self, end: socket.socket, outbound: int, inbound: int, keep: bool) -> None:
+        self._end, self._keep = end, keep
+        self._out, self._in = _Memory(outbound), _Memory(inbound)
+        self._came = bytearray()  # of a message, so far
+        self.close = weakref.finalize(self, _close, end, outbound, inbound)  # arrays that were received stay
+
+    def send(self, value: Any, seconds: float | None = None) -> None:
+        """Raises OSError where nobody is at the other end, and TimeoutError where it takes nothing for so long."""
+        buffers: list[pickle.PickleBuffer] = []
+        pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
+        raws = [buffer.raw() for buffer in buffers]
+        lengths = [len(raw) for raw in raws]
+        begin = HEAD.size + 8 * len(raws) + len(pickled)
+        places, end = _places(lengths, 0)
+        large = end >= LARGE
+        if large:
+            area = self._out.at_least(end)
+            for raw, place in zip(raws, places, strict=True):
+                area[place : place + len(raw)] = raw
+            whole = begin
+        else:
+            places, whole = _places(lengths, begin)
+        message = bytearray(whole)
+        HEAD.pack_into(message, 0, whole, len(pickled), large, len(raws))
+        struct.pack_into(f"<{len(raws)}Q", message, HEAD.size, *lengths)
+        message[begin - len(pickled) : begin] = pickled
+        if not large:
+            for raw, place in zip(raws, places, strict=True):
+                message[place : place + len(raw)] = raw
+        self._end.settimeout(seconds)
+        self._end.sendall(message)
+
+    def comes_within(self, seconds: float) -> bool:
+        """Whether something comes that `receive` has news of, which then need not wait.
+
+        At first it looks again and again: to be woken by another core takes longer than a small model.
+        """
+        try:
+            self._end.settimeout(0)
+            until = time.perf_counter() + min(SPIN, seconds)
+            while time.perf_counter() < until:
+                with suppress(BlockingIOError):
+                    self._come(HEAD.size)
+                    return True
+            self._end.settimeout(seconds)
+            self._come(HEAD.size)
+        except TimeoutError:
+            return False
+        except (EOFError, OSError):
+            pass  # `receive` will say so
+        return True
+
+    def receive(self, seconds: float | None = None) -> Any:
+        """What was sent.
+
+        Raises:
+            EOFError, OSError: nobody is at the other end (any longer).
+            TimeoutError: it has not come for so long; it can be waited for again.
+        """
+        self._end.settimeout(seconds)
+        self._come(HEAD.size)
+        whole, pickled, large, count = HEAD.unpack_from(self._came)
+        self._come(whole)
+        message, self._came = self._came, bytearray()
+        lengths = struct.unpack_from(f"<{count}Q", message, HEAD.size)
+        begin = HEAD.size + 8 * count + pickled
+        places, end = _places(lengths, 0 if large else begin)
+        area = self._in.at_least(end) if large else memoryview(message)
+        parts: list[Any] = [area[place : place + length] for place, length in zip(places, lengths, strict=True)]
+        if large and self._keep:
+            parts = [bytearray(part) for part in parts]
+        return pickle.loads(memoryview(message)[begin - pickled : begin], buffers=parts)  # noqa: S301  see above
+
+    def _come(self, size: int) -> None:
+        """Wait for so many bytes of the message."""
+        while len(self._came) < size:
+            if not (data := self._end.recv(max(CHUNK, size - len(self._came)))):
+                raise EOFError("the other end hung up")
+            self._came += data
+
+
+class _Memory:
+    """One file in memory, mapped as far as it was asked for."""
+
+    def __init__(self, file: int) -> None:
+        self._file = file
+        self._map: mmap.mmap | None = None
+
+    def at_least(self, size: int) -> memoryview:
+        """Its first bytes, so many or more."""
+        if self._map is None or len(self._map) < size:
+            if os.fstat(self._file).st_size < size:
+                os.ftruncate(self._file, 1 << (size - 1).bit_length())
+            self._map = mmap.mmap(self._file, os.fstat(self._file).st_size)  # the old one lasts as long as its arrays
+        return memoryview(self._map)
+
+
+def _close(end: socket.socket, *files: int) -> None:
+    end.close()
+    for file in files:
+        os.close(file)
+
+
+def _file() -> int:
+    """An empty file in memory: its descriptor."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("accelerando")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _places(lengths: list[int] | tuple[int, ...], begin: int) -> tuple[list[int], int]:
+    """Where arrays of these lengths begin, and where the last one ends."""
+    places, end = [], begin
+    for length in lengths:
+        places.append(-(-end // ALIGNED) * ALIGNED)
+        end = places[-1] + length
+    return places, end
