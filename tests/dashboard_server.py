@@ -88,7 +88,12 @@ def waves(t: float) -> float:
 
 
 def spoilt(rungs: tuple[RungStatus, ...], number: int, state: str, why: str) -> tuple[RungStatus, ...]:
-    return tuple(dataclasses.replace(r, state=state, why=why) if r.number == number else r for r in rungs)
+    """The rungs with one that is in another state; what failed was never timed."""
+    timed = state != "failed"
+    return tuple(
+        dataclasses.replace(r, state=state, why=why, seconds=r.seconds * timed) if r.number == number else r
+        for r in rungs
+    )
 
 
 def scenes() -> dict[str, Scene]:

@@ -196,6 +196,9 @@ class FakeShelf:
     Args:
         models: by name; each is version 1, or give {name: {"1": served, "2": served}}.
         out: names that are known but not loaded; `load` makes them ready with the model that they are given here.
+
+    Attributes:
+        reasons: why the bundle of a model that is ready could not be loaded anew.
     """
 
     def __init__(
@@ -209,6 +212,7 @@ class FakeShelf:
         self.out = dict(out or {})
         self.is_ready = ready
         self.goals: dict[str, str] = {}
+        self.reasons: dict[str, str] = {}
         self.loads: list[tuple[str, dict[str, object]]] = []
 
     def find(self, name: str, version: str | None = None) -> FakeServed:
@@ -225,7 +229,8 @@ class FakeShelf:
         return ("1",) if name in self.out else tuple(sorted(self._versions(name), key=int))
 
     def index(self) -> tuple[Entry, ...]:
-        ready = [Entry(name, version, "READY") for name in self.models for version in self.versions(name)]
+        versions = [(name, version) for name in self.models for version in self.versions(name)]
+        ready = [Entry(name, version, "READY", self.reasons.get(name, "")) for name, version in versions]
         return (*ready, *(Entry(name, "1", "UNAVAILABLE", "not loaded") for name in self.out))
 
     def load(self, name: str, parameters: Mapping[str, object] | None = None) -> None:

@@ -80,7 +80,9 @@ def test_the_chart_library_is_shipped_with_its_licence() -> None:
 def test_the_state_tells_of_every_model_as_finite_json() -> None:
     odd = busy("odd", slowdown=float("inf"), effective_quality=float("nan"))
     odd_served, broken = FakeServed(status=odd), Broken()
-    app = Dashboard(FakeShelf({"odd": odd_served, "broken": broken}, out={"away": FakeServed()}))
+    shelf = FakeShelf({"odd": odd_served, "broken": broken}, out={"away": FakeServed()})
+    shelf.reasons["odd"] = "it could not be loaded anew"
+    app = Dashboard(shelf)
     status, headers, body = get(app, STATE)
     assert status == 200
     assert headers[b"cache-control"] == b"no-store"
@@ -88,6 +90,7 @@ def test_the_state_tells_of_every_model_as_finite_json() -> None:
     away, ill, told = state["models"]
     assert (away["name"], away["state"], away["reason"]) == ("away", "UNAVAILABLE", "not loaded")
     assert (ill["state"], ill["reason"]) == ("UNAVAILABLE", "it did not tell its status: no status today")
+    assert (told["state"], told["reason"]) == ("READY", "it could not be loaded anew")
     assert told["status"]["slowdown"] is None
     assert told["goal"]["bounds"][0] == {"text": "p99 <= 20ms", "quantity": "p99", "least": False, "value": 0.02}
     assert told["goal"]["needed"] == 0.99

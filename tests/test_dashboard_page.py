@@ -32,8 +32,11 @@ def shown(browser: Chromium, address: str, **given: Any) -> Page:
 @pytest.mark.slow
 @pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
 def test_the_page_shows_the_ladder_and_complains_of_nothing(browser: Chromium, width: int, dark: bool) -> None:
-    with served(App("quarantined", pace=0.1)) as address:
+    app = App("quarantined", pace=0.1)
+    app.shelf.reasons["quarantined"] = "it could not be loaded anew: a file is missing"
+    with served(app) as address:
         page = shown(browser, address, width=width, dark=dark)
+        assert page.text("#alarm") == "it could not be loaded anew: a file is missing"
         assert page.value("document.querySelectorAll('#ladder > li').length") == 6
         assert page.value("document.querySelectorAll('#ladder > li[aria-current]').length") == 1
         assert page.text("#ladder > li[aria-current] .here") == "stands here"
@@ -41,6 +44,8 @@ def test_the_page_shows_the_ladder_and_complains_of_nothing(browser: Chromium, w
         bad = page.text("[data-state=quarantined]")
         assert "quarantined" in bad
         assert "371 agreed" in bad
+        assert "a row" in bad
+        assert "a row" not in page.text("[data-state=failed]")  # it was never timed
         assert "pixel 31" in page.text("#drift")
         assert "in time" in page.text("#headline")
         assert page.value("document.querySelectorAll('#charts canvas').length") == 6

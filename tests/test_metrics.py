@@ -74,6 +74,15 @@ def test_a_figure_that_does_not_exist_has_no_series() -> None:
     assert [key for key in scraped(shelf_of(busy())) if key[0] == "accelerando_effective_quality"]
 
 
+def test_a_rung_that_failed_has_no_seconds() -> None:
+    whole = busy()
+    failed = dataclasses.replace(whole.rungs[0], state="failed", why="no such operator", seconds=0.0)
+    found = scraped(shelf_of(dataclasses.replace(whole, rungs=(failed, *whole.rungs[1:]))))
+    timed = [dict(labels)["rung"] for name, labels in found if name == "accelerando_rung_call_seconds"]
+    assert timed == ["1"]
+    assert of(found, "accelerando_rung_state", model="digits", rung="0", state="failed") == 1
+
+
 def test_the_content_type_is_what_the_scraper_asked_for() -> None:
     shelf = shelf_of(busy())
     assert exposition(shelf, "")[0].startswith("text/plain; version=0.0.4")

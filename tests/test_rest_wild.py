@@ -25,9 +25,11 @@ from clients import programs_of
 from shelf import DOUBLE, FakeServed, FakeShelf, signature_of
 
 from accelerando.server.access import Access, Settings, names_of
+from accelerando.server.dashboard import Dashboard
 from accelerando.server.exchange import App
 from accelerando.server.openapi import docs_page, example_request
 from accelerando.server.rest import Rest
+from accelerando.server.run import Front
 
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**400, 0.5, 1e308, -0.0, "", "a", "INPUT0", "FP16", "FP64", "BYTES",
@@ -166,11 +168,17 @@ def described(app: App) -> dict[str, Any]:
     return call(app, "GET", "/openapi.json").json
 
 
-def test_the_document_lists_what_the_server_answers_and_nothing_else() -> None:
-    app = wild_app()
+def app_with_pages() -> App:
+    shelf: Any = FakeShelf({"simple": FakeServed()})
+    return Front(Rest(shelf, pages=True), shelf, Dashboard(shelf), None)
+
+
+@pytest.mark.parametrize("pages", [False, True])
+def test_the_document_lists_what_the_server_answers_and_nothing_else(pages: bool) -> None:
+    app = app_with_pages() if pages else wild_app()
     about = described(app)
     assert about["openapi"] == "3.1.0"
-    assert "/metrics" not in about["paths"]  # for this server has no pages
+    assert ("/metrics" in about["paths"]) == pages
     for path, methods in about["paths"].items():
         real = path.replace("{model}", "simple").replace("{version}", "1")
         allowed = call(app, "BREW", real)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
@@ -188,12 +189,30 @@ def test_a_wrong_call_is_told_in_one_message(fast: FastModel, words: FastModel) 
         fast(X, x=X)
     with pytest.raises(DataError, match="'ids' was given twice"):
         words(IDS, ids=IDS)
-    with pytest.raises(DataError, match="'ids' is a NoneType"):
+    with pytest.raises(DataError, match="'ids' is None, but must be an array or a tensor"):
         words(None, MASK)
+    with pytest.raises(DataError, match="'x' is of type str, but must be an array or a tensor"):
+        fast("hi")
     with pytest.raises(DataError, match="length is 3 in 'ids', but 2 in 'mask'"):
         words(IDS, MASK[:, :2])
     with pytest.raises(DataError, match="batch is 2 in 'ids', but 1 in 'mask'"):
         words(IDS, MASK[:1])
+
+
+@pytest.mark.parametrize(
+    ("keywords", "said"),
+    [
+        ({"pair": [X]}, "'pair' is a list of 1, but must be a tuple or list of 2"),
+        ({"pair": (X, "hi")}, "'pair[1]' is of type str, but must be an array or a tensor"),
+        ({"pair": (X, X), "more": {"b": X}}, "'more' is a dict of 1, but must be a dict of a, b"),
+    ],
+)
+def test_an_argument_of_another_structure_is_told_in_words(keywords: dict[str, Any], said: str) -> None:
+    nodes = {"pair": {"tuple": [{"leaf": 0}, {"leaf": 1}]}, "more": {"dict": {"a": {"leaf": 2}, "b": {"leaf": 3}}}}
+    ports = tuple(Port(name, "float32", ("batch", 4)) for name in "wxyz")
+    signature = dataclasses.replace(SIGNATURE, inputs=ports, parameters=tuple(nodes), arguments=nodes)
+    with pytest.raises(DataError, match=re.escape(said)):
+        signature.bind((), keywords)
 
 
 def test_a_fixed_batch_takes_no_other(tmp_path: Path) -> None:

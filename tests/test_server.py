@@ -343,6 +343,8 @@ def digits_like(folder: Path) -> Path:
         (["--tokens", "nowhere"], "there is no file nowhere"),
         (["--max-body", "lots"], "--max-body must be"),
         (["--governor", "nervous"], "steady, balanced"),
+        (["--port", "99999"], "--port must be from 0 (any that is free) to 65535, but is 99999"),
+        (["--grpc-port", "99999"], "to 65535, or -1 for none, but is 99999"),
         (["--allow-host", "http://models.example"], "without scheme and port"),
         (["--certificate", __file__, "--key", __file__, "--grpc-port", "-1"], "a certificate and its key, as PEM"),
     ],

@@ -7,9 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from accelerando.backends.eager import Eager
 from accelerando.bundle import Bundle
 from accelerando.errors import UsageError
 from accelerando.ladder import Ladder
+from accelerando.recipe import Recipe
 from accelerando.report import simulation as shown
 from accelerando.serve import traces
 from accelerando.serve.governor import PRESETS, Decides, Decision, Governor, RungState, Signal
@@ -377,6 +379,8 @@ def test_made_traces_follow_their_rates() -> None:
         ("gamma(rate=1, cv=2, seconds=1)", "gamma takes rate, cv2, seconds, seed, but got 'cv'"),
         ("gamma(200)", "must be a name and a number"),
         ("gamma(rate=-1, cv2=1, seconds=1)", "rate of gamma must be a number above 0"),
+        ("gamma(rate=1e12, cv2=1, seconds=1)", "a number above 0 and below 1,000,000,000, but is 1e12"),
+        ("ramp(low=-1, high=1, seconds=1)", "low of ramp must be a number from 0 and below 1,000,000,000, but is -1"),
         ("gamma(rate=nan, cv2=1, seconds=1)", "rate of gamma must be a number above 0"),
         ("poisson(rate=1, seconds=1, seed=0.5)", "must be a name and a number"),
     ],
@@ -437,6 +441,46 @@ def test_where_less_is_better_there_is_no_effective_quality(tmp_path: Path, monk
     assert all(0 <= y <= 1 for line in curves["data"] for y in line["y"] if y is not None)
     assert shown.plane(found)["layout"]["yaxis"]["autorange"] == "reversed"
     assert "nan" not in shown.page(found).partition("<main")[2].partition("<script")[0]
+
+
+def with_own_code(bundle: Bundle, *numbers: int) -> Bundle:
+    """The bundle with these rungs run by the original's own code."""
+    made = [replace(r, recipe=Recipe((), Eager())) if i in numbers else r for i, r in enumerate(bundle.ladder)]
+    return replace(bundle, ladder=Ladder(tuple(made)))
+
+
+def test_a_rung_that_no_server_can_run_is_left_out_and_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with fakes_known():
+        bundle = write_bundle(tmp_path / "bundle")
+    monkeypatch.setattr(Bundle, "open", lambda path, **_: with_own_code(bundle, 0))
+    asked = ("bundle", "poisson(rate=5, seconds=20)", "p99 <= 300ms")
+    found = simulate_bundle(*asked)
+    assert [r.number for r in found.rungs] == [1, 2]
+    assert all(number != 0 for outcome in found.outcomes for number, _ in outcome.shares)
+    assert found.left_out == (0,)
+    note = "Left out: rung 0, for it runs the original's own code, which a server has not."
+    assert note in " ".join(shown.render(found).split())
+    assert note.replace("'", "&#x27;") in shown.page(found) or note in shown.page(found)
+    kept = simulate_bundle(*asked, with_original=True)
+    assert [r.number for r in kept.rungs] == [0, 1, 2]
+    assert "Left out" not in shown.render(kept)
+    monkeypatch.setattr(Bundle, "open", lambda path, **_: with_own_code(bundle, 0, 1, 2))
+    with pytest.raises(UsageError, match=r"every rung of .* runs the original's own code"):
+        simulate_bundle(*asked)
+
+
+def test_only_the_original_keeps_a_drop_of_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the server would refuse, the simulation must not promise."""
+    with fakes_known():
+        bundle = write_bundle(tmp_path / "bundle")
+    rungs = [fake_rung(s, d, level=i) for i, (s, d) in enumerate([(1, 0.0), (3, 0.05)])]
+    lossy = with_own_code(replace(bundle, ladder=Ladder(tuple(rungs))), 0)
+    monkeypatch.setattr(Bundle, "open", lambda path, **_: lossy)
+    asked = ("bundle", "poisson(rate=5, seconds=20)", "p99 <= 300ms, drop <= 0%")
+    for with_original in (False, True):
+        found = simulate_bundle(*asked, with_original=with_original)
+        ours = next(o for o in found.outcomes if o.policy == "governor, balanced")
+        assert (ours.quality >= found.terms.asked) == with_original
 
 
 def small() -> Simulation:

@@ -262,13 +262,16 @@ def simulate(
     bundle: BundleArgument,
     trace: Annotated[str, typer.Option(help='a trace file, or "gamma(rate=200, cv2=4, seconds=60)"')],
     goal: Annotated[str | None, typer.Option(help="what is asked for; the bundle's own goal without it")] = None,
+    with_original: Annotated[
+        bool, typer.Option("--with-original", help="as in a program, where load(model=...) runs its own code")
+    ] = False,
     html: Annotated[Path | None, typer.Option(help="write the plot here")] = None,
 ) -> None:
     """Replay arrivals against the ladder's measured times, without running a model: what each policy would do."""
     from accelerando.report.simulation import render, write
     from accelerando.serve.simulation import simulate_bundle
 
-    found = simulate_bundle(bundle, trace, goal)
+    found = simulate_bundle(bundle, trace, goal, with_original=with_original)
     typer.echo(render(found))
     if html:
         _need("plotly")

@@ -278,4 +278,24 @@ def _fill(node: Node, value: Any, slots: list[Any], where: str) -> None:
             for key, item in fields.items():
                 _fill(item, value[key], slots, f"{where}[{key!r}]")
         case _:
-            raise DataError(f"{where!r} is a {type(value).__name__}, but the model was optimized with {node}")
+            raise DataError(f"{where!r} is {_given(value)}, but must be {_wanted(node)}")
+
+
+def _given(value: Any) -> str:
+    """What was given in place of an argument, in words."""
+    match value:
+        case None:
+            return "None"
+        case tuple() | list() | Mapping():
+            return f"a {type(value).__name__} of {len(value)}"
+    return f"of type {type(value).__name__}"
+
+
+def _wanted(node: Node) -> str:
+    """What a node's value must be, in words."""
+    match node:
+        case {"tuple": items} | {"list": items}:
+            return f"a tuple or list of {len(items)}"
+        case {"dict": fields} | {"fields": fields}:
+            return f"a dict of {', '.join(fields)}"
+    return "an array or a tensor"

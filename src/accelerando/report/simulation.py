@@ -175,7 +175,17 @@ def _about(found: Simulation) -> list[str]:
         f"An answer may take {words.seconds(found.terms.patience)}. {words.count(len(ready), 'rung')}, from "
         f"{words.figure(slow)} to {words.figure(fast)} rows/s; the mean load is {words.figure(load)} times what the "
         "slowest carries.",
+        *_left_out(found),
     ]
+
+
+def _left_out(found: Simulation) -> list[str]:
+    if not found.left_out:
+        return []
+    several = len(found.left_out) > 1
+    rungs = f"rung{'s' * several} {', '.join(map(str, found.left_out))}"
+    run = "they run" if several else "it runs"
+    return [f"Left out: {rungs}, for {run} the original's own code, which a server has not."]
 
 
 def _legend(found: Simulation) -> list[str]:

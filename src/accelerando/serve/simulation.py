@@ -106,7 +106,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Simulation:
-    """A trace, what was asked, how each policy fared, and the most effective quality that any could have reached."""
+    """A trace, what was asked, how each policy fared, and the most effective quality that any could have reached.
+
+    `left_out` are the numbers of the rungs that run the original's own code, which a server has not.
+    """
 
     trace: Trace
     terms: Terms
@@ -115,6 +118,7 @@ class Simulation:
     most_quality: float
     metric: str = "quality"
     higher_is_better: bool = True
+    left_out: tuple[int, ...] = ()
 
 
 def simulate(
@@ -159,17 +163,24 @@ def simulate(
 
 
 def simulate_bundle(
-    path: str | Path, trace: str | Path | Trace, goal: str | None = None, *, seed: int = 0
+    path: str | Path,
+    trace: str | Path | Trace,
+    goal: str | None = None,
+    *,
+    with_original: bool = False,
+    seed: int = 0,
 ) -> Simulation:
     """Replay a trace against a bundle's recorded times.
 
     Args:
         trace: a file, or a text such as `gamma(rate=200, cv2=4, seconds=60)`: see `traces`.
         goal: what is asked for; the bundle's own goal, without it.  It must bound the latency.
+        with_original: keep the rungs in that run the original's own code, as `load(path, goal=..., model=...)` does;
+            a server can't.
 
     Raises:
         BundleError, GoalError: the bundle or the goal can't be read.
-        UsageError: the trace can't be read, or the goal bounds no latency.
+        UsageError: the trace can't be read, the goal bounds no latency, or no rung is left.
     """
     bundle = Bundle.open(path, hashes=False)
     asked = bundle.goal if goal is None else Goal.parse(goal)
@@ -179,16 +190,29 @@ def simulate_bundle(
             f"without a deadline there is nothing to simulate: the goal {str(asked)!r} must bound the latency, as in "
             "--goal 'p99 <= 300ms'"
         )
-    rungs = rung_states(bundle)
-    may = [r.number in aims.rungs and r.seconds(r.most_rows) * aims.least_rate <= r.most_rows for r in rungs]
-    kept = [(r, t) for r, t, yes in zip(rungs, recorded_times(bundle), may, strict=True) if yes or not any(may)]
-    states, times = zip(*kept, strict=True)
+    left_out = () if with_original else _own_code(bundle)
+    timed = zip(rung_states(bundle), recorded_times(bundle), strict=True)
+    rungs = [(r, t) for r, t in timed if r.number not in left_out]
+    if not rungs:
+        raise UsageError(
+            f"every rung of {bundle.path} runs the original's own code, which a server has not; simulate it "
+            "with_original, as load(..., model=model) can run it"
+        )
+    allowed = [(r, t) for r, t in rungs if r.number in aims.rungs]
+    may = [(r, t) for r, t in allowed if r.seconds(r.most_rows) * aims.least_rate <= r.most_rows]
+    states, times = zip(*(may or rungs), strict=True)
     judged = bundle.ladder.original.evidence
     found = trace if isinstance(trace, Trace) else find(trace)
-    return simulate(
+    simulation = simulate(
         states, found, Terms(aims.patience, asked=aims.quality), times=times, seed=seed, metric=judged.metric,
         higher_is_better=judged.higher_is_better,
     )  # fmt: skip
+    return replace(simulation, left_out=left_out)
+
+
+def _own_code(bundle: Bundle) -> tuple[int, ...]:
+    """The numbers of the rungs that run the original's own code."""
+    return tuple(number for number, rung in enumerate(bundle.ladder) if not rung.recipe.backend.portable)
 
 
 def rung_states(bundle: Bundle) -> tuple[RungState, ...]:

@@ -38,6 +38,7 @@ from accelerando.interval import Floats
 MOST_BYTES = 64 * 2**20
 MOST_REQUESTS = 1_000_000
 MOST_ROWS = 1_000_000  # of one request
+MOST_FIGURE = 10**9  # of a made trace
 PEAK_SECONDS = 1.0
 TIMES = {"seconds": 1.0, "ms": 1e-3}
 
@@ -294,8 +295,9 @@ def _make(kind: str, text: str) -> Trace:
             raise UsageError(f"{part!r} in {kind}({text}) must be a name and a number, as in 'rate=200'") from None
         if name not in parameters:
             raise UsageError(f"{kind} takes {', '.join(parameters)}, but got {name!r}")
-        if not (0 <= given[name] < 1e9 and (given[name] > 0 or name in ("seed", "low", "high"))):
-            raise UsageError(f"{name} of {kind} must be a number above 0, but is {figure}")
+        least = "from" if name in ("seed", "low", "high") else "above"
+        if not (0 <= given[name] < MOST_FIGURE and (given[name] > 0 or least == "from")):
+            raise UsageError(f"{name} of {kind} must be a number {least} 0 and below {MOST_FIGURE:,}, but is {figure}")
     if missing := [name for name in needed if name not in given]:
         raise UsageError(
             f"{kind} needs {', '.join(missing)} too, as in '{kind}({', '.join(f'{n}=1' for n in needed)})'"

@@ -27,6 +27,7 @@ from accelerando.server.tracing import OFF, to_collector
 # How long a thread may keep the interpreter while another waits for it.  Python's 5 ms are longer than a small model
 # takes, and its executor would wait for the event loop each time that it comes back from computing.
 SWITCH_SECONDS = 2e-4
+NO_PORT = -1
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,9 @@ def _service(wishes: Wishes) -> Service:
     for path in (wishes.certificate, wishes.key, wishes.tokens):
         if path is not None and not path.is_file():
             raise UsageError(f"there is no file {path}")
+    _check_port("--port", wishes.port)
+    if wishes.grpc_port != NO_PORT:
+        _check_port("--grpc-port", wishes.grpc_port, f", or {NO_PORT} for none")
     tls = Tls(wishes.certificate, wishes.key) if wishes.certificate and wishes.key else None
     settings = Settings(
         max_body_bytes=int(amount(wishes.max_body, BYTES, "--max-body")),
@@ -142,5 +146,10 @@ def _service(wishes: Wishes) -> Service:
     )
     tracing = to_collector(wishes.traces) if wishes.traces else OFF
     return Service(
-        wishes.host, wishes.port, wishes.grpc_port if wishes.grpc_port >= 0 else None, settings, tls, tracing
+        wishes.host, wishes.port, wishes.grpc_port if wishes.grpc_port != NO_PORT else None, settings, tls, tracing
     )
+
+
+def _check_port(option: str, port: int, more: str = "") -> None:
+    if not 0 <= port < 2**16:
+        raise UsageError(f"{option} must be from 0 (any that is free) to 65535{more}, but is {port}")

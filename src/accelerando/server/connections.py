@@ -1,7 +1,8 @@
-"""Connections that are few enough and don't dawdle.
+"""Connections that are few enough, don't dawdle, and send what can be read.
 
-uvicorn has no limit for how long the head of a request may take, and a few thousand slow clients would hold every
-connection there may be; to who is one too many it answers in words that are not of the protocol.
+uvicorn has no limit for how long the head of a request may take or how large it may be, and a few thousand slow clients
+would hold every connection there may be; to who is one too many, or is not understood, it answers in words that are not
+of the protocol.
 """
 
 from __future__ import annotations
@@ -11,10 +12,25 @@ from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-BODY = b'{"error": "the server has as many connections as it takes; try again later"}'
-FULL = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n"
-    b"content-length: %d\r\n\r\n%s" % (len(BODY), BODY)
+from accelerando.server.wire_json import text_of
+
+MOST_HEAD = 64 * 2**10  # bytes of a head, or of a trailer, that has no end yet: its parser takes time by their square
+
+
+def _last_words(status: str, words: str, *lines: str) -> bytes:
+    """An answer after which the connection is closed."""
+    body = text_of({"error": words})
+    head = [f"HTTP/1.1 {status}", "content-type: application/json", "connection: close", *lines]
+    return "\r\n".join([*head, f"content-length: {len(body)}", "", ""]).encode() + body
+
+
+FULL = _last_words(
+    "503 Service Unavailable", "the server has as many connections as it takes; try again later", "retry-after: 1"
+)
+GARBLED = _last_words("400 Bad Request", "what came can't be read as HTTP/1.1; the connection is closed")
+ENDLESS = _last_words(
+    "431 Request Header Fields Too Large",
+    f"the head of a request, or its trailer, may have {MOST_HEAD} bytes, but more came without an end; send less",
 )
 
 
@@ -29,6 +45,8 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
     class Bounded(HttpToolsProtocol):
         _hurry: asyncio.TimerHandle | None = None
         _within_head = False
+        _told = False  # whether the parser could tell of anything in the latest bytes
+        _mute_bytes = 0  # that came since it last could
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -39,22 +57,44 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
                 self._wait_for_head()
 
         def data_received(self, data: bytes) -> None:
+            self._told = False
             super().data_received(data)
-            if self._within_head and not self._hurry:  # most heads come as a whole, and need no timer
+            self._mute_bytes = 0 if self._told else self._mute_bytes + len(data)
+            if self._mute_bytes > MOST_HEAD:
+                self._refuse(ENDLESS)
+            elif self._within_head and not self._hurry:  # most heads come as a whole, and need no timer
                 self._wait_for_head()
 
         def on_message_begin(self) -> None:
-            self._within_head = True
+            self._within_head = self._told = True
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
-            self._within_head = False
+            self._told = True
             self._stop_waiting()
             super().on_headers_complete()
+            self._within_head = False
+
+        def on_body(self, body: bytes) -> None:
+            self._told = True
+            super().on_body(body)
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(GARBLED)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             super().connection_lost(exc)
+
+        def _refuse(self, answer: bytes) -> None:
+            """Hang up with an answer, but in silence where it would be read as that to an earlier request."""
+            transport: Any = self.transport
+            cycle: Any = self.cycle
+            owed = cycle is not None and not cycle.response_complete
+            if not transport.is_closing() and not (owed and (self._within_head or cycle.response_started)):
+                transport.write(answer)
+            self._stop_waiting()
+            self._hang_up()
 
         def _wait_for_head(self) -> None:
             self._hurry = self.loop.call_later(head_seconds, self._hang_up)

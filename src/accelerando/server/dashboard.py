@@ -146,9 +146,10 @@ class Dashboard:
         Args:
             since: of the charts' points, those later than this, in seconds since the epoch.
 
-        `models` holds for each its `name`, its `state` and `reason`, and where it is ready its `status` (the fields
-        of `Status`), `goal` (its bounds apart), `recent` (of the last minute), `outlook` (the goal held against
-        that), and `points`, each a list in the order of `columns`.
+        `models` holds for each its `name`, its `state` and `reason` (of one that is ready, why its bundle could not
+        be loaded anew), and where it is ready its `status` (the fields of `Status`), `goal` (its bounds apart),
+        `recent` (of the last minute), `outlook` (the goal held against that), and `points`, each a list in the order
+        of `columns`.
         """
         found = self.look()
         entries = {entry.name: entry for entry in self._shelf.index()}
@@ -184,7 +185,7 @@ class Dashboard:
         return {
             "name": name,
             "state": "READY",
-            "reason": "",
+            "reason": entry.reason if entry else "",
             "status": told,
             "goal": {**to_json(goal, told.goal), "needed": needed(goal)},
             "recent": _recent(recent),

@@ -54,8 +54,8 @@ COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("switches", "Times that the governor changed its rung.", lambda s: s.switches),
     ("audited", "Requests that were answered again by the best rung, to compare.", lambda s: s.audited),
 )
-RUNG_GAUGES: tuple[tuple[str, str, Callable[[RungStatus], float]], ...] = (
-    ("call_seconds", "What a call of one row takes on this machine.", lambda r: r.seconds),
+RUNG_GAUGES: tuple[tuple[str, str, Callable[[RungStatus], float | None]], ...] = (
+    ("call_seconds", "What a call of one row takes here; absent for a rung that failed.", lambda r: r.seconds or None),
     ("memory_bytes", "Memory that the rung adds while it is loaded.", lambda r: r.bytes),
 )
 RUNG_INTERVALS: tuple[tuple[str, str, Callable[[RungStatus], Interval | None]], ...] = (
@@ -196,7 +196,9 @@ def _rungs(found: Sequence[Status]) -> Iterator[Metric]:
     for name, words, figure in RUNG_GAUGES:
         gauge = GaugeMetricFamily(f"accelerando_rung_{name}", words, labels=labels)
         for names, rung in each:
-            gauge.add_metric(names, figure(rung))
+            measured = figure(rung)
+            if measured is not None:
+                gauge.add_metric(names, measured)
         yield gauge
     for name, words, interval in RUNG_INTERVALS:
         gauge = GaugeMetricFamily(f"accelerando_rung_{name}", words, labels=[*labels, "bound"])

@@ -20,7 +20,7 @@ from accelerando.errors import UsageError
 from accelerando.server.access import Access, Settings
 from accelerando.server.connections import protocol
 from accelerando.server.dashboard import Dashboard
-from accelerando.server.exchange import App, Receive, Reply, Scope, Send
+from accelerando.server.exchange import App, Receive, Reply, Scope, Send, as_error
 from accelerando.server.logs import Journal
 from accelerando.server.metrics import exposition
 from accelerando.server.rest import Rest
@@ -67,14 +67,20 @@ class Front:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
-        if path == "/metrics" and scope["method"] in ("GET", "HEAD"):
-            accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
-            kind, text = exposition(self._shelf, accept, lost_log_lines=self._journal.lost if self._journal else None)
-            await Reply(200, text, kind.encode()).deliver(send, head=scope["method"] == "HEAD")
+        if path == "/metrics":
+            await self._metrics(scope).deliver(send, head=scope["method"] == "HEAD")
         elif self._dashboard.takes(path):
             await self._dashboard(scope, receive, send)
         else:
             await self._rest(scope, receive, send)
+
+    def _metrics(self, scope: Scope) -> Reply:
+        method = scope["method"]
+        if method not in ("GET", "HEAD"):
+            return as_error(405, f"/metrics takes GET, but got {method[:20]}", [(b"allow", b"GET, HEAD")])
+        accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
+        kind, text = exposition(self._shelf, accept, lost_log_lines=self._journal.lost if self._journal else None)
+        return Reply(200, text, kind.encode())
 
 
 async def serve_all(

@@ -3,16 +3,32 @@
 from __future__ import annotations
 
 import logging
+import math
+import os
 import threading
+import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
-from accelerando.errors import AccelerandoError, ClosedError, UnknownModelError, UsageError
+from accelerando.errors import ClosedError, UnknownModelError, UsageError
 from accelerando.serve.governed import GovernedModel
 from accelerando.server.repository import Entry
 
 log = logging.getLogger(__name__)
 LOOK_SECONDS = 2.0  # between two looks at a bundle's manifest
+TRIES = 10  # of a bundle that can't be loaded and does not change, each after twice the pause of the one before
+Stamp = tuple[int, int, int]
+GONE: Stamp = (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A bundle that could not be loaded: what its files were like, how often it was tried so, and when it is again."""
+
+    files: Mapping[str, Stamp]
+    times: int
+    again: float  # by the monotonic clock; infinite once it was tried often enough
 
 
 class Shelf:
@@ -21,7 +37,8 @@ class Shelf:
     Args:
         bundles: folders by name.
         govern: makes the model of a name and its folder.
-        watched: load a bundle anew when its manifest changes.
+        watched: load a bundle anew when its manifest changes; where that fails, try again a few times with growing
+            pauses, and afresh whenever any of its files changes, for they may still be on their way.
 
     Raises:
         AccelerandoError: a bundle can't be loaded; the others were let go.
@@ -38,7 +55,9 @@ class Shelf:
         self._lock = threading.Lock()  # for the dictionaries
         self._changing = {name: threading.Lock() for name in bundles}  # one change of a model at a time
         self._closing = threading.Event()
-        self._seen: dict[str, tuple[int, int]] = {}
+        self._watched = watched
+        self._seen: dict[str, Stamp] = {}  # the manifests that were loaded last
+        self._failures: dict[str, Failure] = {}
         try:
             for name in bundles:
                 self.load(name)
@@ -103,11 +122,12 @@ class Shelf:
                 f"{', '.join(map(repr, parameters))} was given, but a bundle is loaded as it is; leave it out"
             )
         with self._changing[name]:
+            files = self._files(name)
             with self._lock:
                 self._loading.add(name)
                 old = self._models.get(name)
             try:
-                self._seen[name] = self._stamp(name)
+                self._seen[name] = files.get("manifest.json", GONE)
                 if old is not None:
                     old.update(self._bundles[name])
                 else:
@@ -117,9 +137,10 @@ class Shelf:
                     with self._lock:
                         self._models[name] = model
                 self._why.pop(name, None)
+                self._failures.pop(name, None)
                 log.info("loaded", extra={"model": name, "bundle": str(self._bundles[name])})
-            except AccelerandoError as error:
-                self._why[name] = f"it could not be loaded{' anew' if old else ''}: {error}"
+            except Exception as error:
+                self._why[name] = f"it could not be loaded{' anew' if old else ''}: {error}{self._fail(name, files)}"
                 raise
             finally:
                 with self._lock:
@@ -155,17 +176,42 @@ class Shelf:
 
     def _watch(self) -> None:
         while not self._closing.wait(LOOK_SECONDS):
-            for name in list(self._models):
-                if self._stamp(name) not in ((0, 0), self._seen[name]):  # one that vanished goes on from memory
-                    try:
-                        self.load(name)
-                    except AccelerandoError as error:
-                        log.warning("reload", extra={"model": name, "reason": str(error)})
+            for name in filter(self._is_due, list(self._models)):
+                try:
+                    self.load(name)
+                except Exception as error:  # noqa: BLE001  whatever it is: the other bundles are watched on
+                    log.warning("reload", extra={"model": name, "reason": str(error)})
 
-    def _stamp(self, name: str) -> tuple[int, int]:
-        """What changes when a manifest is replaced."""
-        try:
-            found = (self._bundles[name] / "manifest.json").stat()
-            return found.st_mtime_ns, found.st_ino
-        except OSError:
-            return 0, 0
+    def _is_due(self, name: str) -> bool:
+        """Whether a bundle is to be loaded anew; one that vanished goes on from memory."""
+        failure = self._failures.get(name)
+        if failure is None:
+            return _stamp(self._bundles[name] / "manifest.json") not in (GONE, self._seen[name])
+        files = self._files(name)
+        return "manifest.json" in files and (time.monotonic() >= failure.again or files != failure.files)
+
+    def _fail(self, name: str, files: Mapping[str, Stamp]) -> str:
+        """Note that a bundle could not be loaded; what becomes of it, in words."""
+        last = self._failures.get(name)
+        times = last.times + 1 if last and last.files == files else 1
+        pause = LOOK_SECONDS * 2 ** (times - 1) if times < TRIES else math.inf
+        self._failures[name] = Failure(files, times, time.monotonic() + pause)
+        if not self._watched or name not in self._models:
+            return ""
+        soon = f"in {pause:g} s, or " if times < TRIES else ""
+        return f" (it is tried again {soon}when its files change)"
+
+    def _files(self, name: str) -> dict[str, Stamp]:
+        """What there is of a bundle, by its path in the folder."""
+        folder = self._bundles[name]
+        paths = (Path(where) / file for where, _, files in os.walk(folder) for file in files)
+        return {path.relative_to(folder).as_posix(): _stamp(path) for path in paths}
+
+
+def _stamp(path: Path) -> Stamp:
+    """What changes when a file is replaced or written."""
+    try:
+        found = path.stat()
+    except OSError:
+        return GONE
+    return found.st_mtime_ns, found.st_ino, found.st_size

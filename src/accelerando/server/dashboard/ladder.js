@@ -67,7 +67,7 @@ const fill = (node, rung, here, scale, whole) => {
   say(node.querySelector(".agreed"), rung.agreement && rung.agreement.mid !== null
     ? `agrees with the best rung in ${tenths(rung.agreement.mid)} (${range(rung.agreement, tenths)})` : "");
   const figures = [
-    [times(rung.speedup.mid), `${seconds(rung.seconds)} a row`],
+    [times(rung.speedup.mid), rung.seconds ? `${seconds(rung.seconds)} a row` : ""], // one that failed was not timed
     [quality(rung.quality.mid), [range(rung.quality, quality), loss(rung)].filter(Boolean).join("; ")],
     [rung.bytes ? bytes(rung.bytes) : "\u2013", ""],
     [`${brief(rung.answered)} ${rung.answered === 1 ? "row" : "rows"}`, whole ? `${tenths(share)} of all` : ""],

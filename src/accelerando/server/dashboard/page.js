@@ -38,7 +38,7 @@ const show = () => {
   const model = picked();
   const ready = model !== null && model.state === "READY";
   at("loaded").hidden = !ready;
-  alarm(latest.ready || !ready ? "" : "The server is not ready: it is loading or draining.");
+  alarm(!ready ? "" : latest.ready ? model.reason : "The server is not ready: it is loading or draining.");
   if (!ready) { showAbsent(model); return; }
   document.title = `${OUTCOMES[model.outlook.outcome][1]} \u2013 ${model.name}`;
   showVerdict(model);

@@ -1,0 +1,165 @@
+"""What a server says to who sends no end of a head, or no HTTP at all: over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+pytest.importorskip("uvicorn")
+import uvicorn
+
+from accelerando.server.connections import MOST_HEAD, protocol
+
+HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n"
+POST = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+PIECE = 16 * 2**10
+MOST_READ = 256 * 2**10  # that an event loop may read at a time: what came with the end of a head is not counted
+
+
+class Echo:
+    """An app that answers with the number of bytes of the body, and of those at /held once it may."""
+
+    def __init__(self) -> None:
+        self.may, self.came = asyncio.Event(), asyncio.Event()
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        size, more = 0, True
+        while more:
+            message = await receive()
+            size, more = size + len(message.get("body", b"")), message.get("more_body", False)
+        self.came.set()
+        if scope["path"] == "/held":
+            await self.may.wait()
+        text = b"%d bytes" % size
+        length = (b"content-length", b"%d" % len(text))
+        await send({"type": "http.response.start", "status": 200, "headers": [length]})
+        await send({"type": "http.response.body", "body": text})
+
+
+@asynccontextmanager
+async def served(app: Any) -> AsyncIterator[int]:
+    config = uvicorn.Config(app, http=protocol(10, 20.0), ws="none", lifespan="off", log_config=None, access_log=False)
+    server = uvicorn.Server(config)
+    listener = socket.socket()
+    listener.bind(("127.0.0.1", 0))
+    serving = asyncio.create_task(server.serve(sockets=[listener]))
+    try:
+        while not server.started:
+            await asyncio.sleep(0.005)
+        yield listener.getsockname()[1]
+    finally:
+        server.should_exit = True
+        await serving
+        listener.close()
+
+
+async def told(port: int, *pieces: bytes) -> bytes:
+    """What comes back until the server hangs up; nothing more is sent once anything has come."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    found = asyncio.create_task(everything(reader))
+    try:
+        for piece in pieces:
+            if found.done():
+                break
+            writer.write(piece)
+            await writer.drain()
+            await asyncio.sleep(0.005)
+        return await asyncio.wait_for(found, 20)
+    finally:
+        writer.close()
+
+
+async def everything(reader: asyncio.StreamReader) -> bytes:
+    found = b""
+    while piece := await reader.read(4096):
+        found += piece
+    return found
+
+
+def asked(*pieces: bytes) -> bytes:
+    async def scenario() -> bytes:
+        async with served(Echo()) as port:
+            return await told(port, *pieces)
+
+    return asyncio.run(scenario())
+
+
+def status_and_error(reply: bytes) -> tuple[int, str]:
+    head, _, body = reply.partition(b"\r\n\r\n")
+    assert b"content-type: application/json" in head
+    assert f"content-length: {len(body)}".encode() in head
+    found = json.loads(body)
+    assert found.keys() == {"error"}
+    return int(head.split()[1]), found["error"]
+
+
+@pytest.mark.parametrize(
+    "begun",
+    [
+        HEAD + b"endless: ",
+        b"GET /",
+        b"\r\n",
+        POST + b"5\r\nhello\r\n0\r\nendless: ",
+        POST + b"5;endless=",
+    ],
+    ids=["header", "path", "nothing", "trailer", "extension"],
+)
+def test_what_has_no_end_is_refused_at_64_kib(begun: bytes) -> None:
+    pieces = 2 * MOST_READ // PIECE
+    filler = (b"\r\n" if begun == b"\r\n" else b"aa") * (PIECE // 2)
+    status, error = status_and_error(asked(begun, *[filler] * pieces))
+    assert status == 431
+    assert str(MOST_HEAD) in error
+
+
+def test_many_small_headers_are_too_many_as_well() -> None:
+    line = b"x: " + b"a" * 1019 + b"\r\n"
+    assert status_and_error(asked(HEAD, *[line * 16] * 32))[0] == 431
+
+
+def test_a_head_of_many_pieces_and_a_large_body_are_taken() -> None:
+    head = HEAD.replace(b"GET", b"POST") + b"connection: close\r\ncontent-length: 3000000\r\n"
+    headers = [b"x: " + b"a" * 1019 + b"\r\n"] * 48
+    reply = asked(head, *headers, b"\r\n", *[b"b" * 100_000] * 30)
+    assert reply.startswith(b"HTTP/1.1 200")
+    assert reply.endswith(b"3000000 bytes")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"hello\r\n\r\n",
+        b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03",
+        b"GET / HTTP/9.9\r\nhost: x\r\n\r\n",
+        HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\nhello",
+        POST + b"not a length\r\n",
+        b"GET http://[ HTTP/1.1\r\nhost: x\r\n\r\n",
+    ],
+    ids=["words", "tls", "version", "lengths", "chunk", "url"],
+)
+def test_what_is_not_http_is_told_so_in_json(sent: bytes) -> None:
+    status, error = status_and_error(asked(sent))
+    assert status == 400
+    assert "HTTP/1.1" in error
+
+
+def test_a_refusal_is_never_taken_for_the_answer_to_an_earlier_request() -> None:
+    async def scenario() -> bytes:
+        app = Echo()
+        async with served(app) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /held HTTP/1.1\r\nhost: x\r\n\r\n")
+            await asyncio.wait_for(app.came.wait(), 20)
+            writer.write(b"hello\r\n\r\n")
+            found = await asyncio.wait_for(everything(reader), 20)
+            app.may.set()
+            writer.close()
+            return found
+
+    assert asyncio.run(scenario()) == b""
