@@ -12,9 +12,13 @@ import torch
 from taught import Case, Clock, case_of, trained
 from torch import nn
 
+from accelerando.adoption import adopt
+from accelerando.backends.onnxruntime import Onnxruntime
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
-from accelerando.recipe import Stage
+from accelerando.measure.arm import save_samples
+from accelerando.recipe import Recipe, Stage, plugin_from_json
+from accelerando.search.workshop import Workshop
 from accelerando.techniques._parity import ensure_same
 from accelerando.techniques.distil import Distil
 from accelerando.techniques.export_onnx import ExportOnnx
@@ -116,7 +120,7 @@ def test_without_training_data_it_refuses_by_name(images: Case, tmp_path: Path) 
     machine = Machine.look()
     refusal = Distil().refuse(images.model, machine)
     assert refusal is not None
-    assert refusal.reason is Reason.UNSUPPORTED
+    assert refusal.reason is Reason.NO_TRAINING_DATA
     assert "train=" in refusal.detail
     with pytest.raises(RefusalError, match="train="):
         Distil().apply(images.model, Samples(()), tmp_path)
@@ -130,8 +134,58 @@ def test_it_says_how_long_it_takes() -> None:
     assert Distil.stage is Stage.HEAL
 
 
+def test_knobs_that_came_later_leave_older_recipes_as_they_were() -> None:
+    old = {
+        "name": "distil", "seconds": 60, "labels": 0.5, "temperature": 2.0, "learning_rate": 0.0, "optimizer": "adamw",
+        "quantized": False, "features": 0.0,
+    }  # fmt: skip
+    assert Distil().to_json() == old
+    assert plugin_from_json(Distil, old) == Distil()
+    turned = Distil(weight_decay=0.0, smoothing=0.1)
+    assert turned.to_json() == {**old, "weight_decay": 0.0, "smoothing": 0.1}
+    assert plugin_from_json(Distil, turned.to_json()) == turned
+    assert str(turned) == "distil(weight_decay=0.0, smoothing=0.1)"
+
+
 def test_knobs_out_of_range_are_refused() -> None:
     with pytest.raises(ValueError, match="seconds"):
         Distil(seconds=0)
     with pytest.raises(ValueError, match="optimizer"):
         Distil(optimizer="lion")
+
+
+class Wide(nn.Module):
+    """(n, 1, 64, 64) -> (n, 5); each row takes some 10 MB to learn from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = [layer for i in range(4) for layer in (nn.Conv2d(64 if i else 1, 64, 1), nn.Tanh())]
+        self.body, self.head = nn.Sequential(*layers), nn.Linear(64, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.slow
+def test_in_a_workshop_with_little_memory_it_learns_from_fewer_rows_or_refuses(tmp_path: Path) -> None:
+    """In a real child: of 64 rows, with which its trials begin, a step takes more than the limit."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((150, 1, 64, 64)).astype(np.float32), rng.integers(0, 5, 150)
+    load = adopt(Wide(), (x[:50], y[:50]), train=(x[50:], y[50:]), metric="accuracy")
+    for name in ("calibrate", "select", "train"):
+        save_samples(getattr(load, name), tmp_path / "data" / name)
+
+    def built(megabytes: int) -> str:
+        folder = tmp_path / str(megabytes)
+        shop = Workshop(load, Machine.look(), folder / "steps", tmp_path / "data", megabytes * 2**20)
+        recipe = Recipe((Distil(seconds=6, learning_rate=1e-3), ExportOnnx()), Onnxruntime())
+        try:
+            return shop.build(recipe, folder / "built", timeout=120).log[0]
+        finally:
+            shop.close()
+
+    batch = int(built(620).partition(", batch ")[2].partition(",")[0])
+    assert 1 <= batch <= 16
+    with pytest.raises(RefusalError, match=r"1 row does not fit|what a lesson keeps does not fit") as refused:
+        built(256)
+    assert (refused.value.reason, refused.value.step) == (Reason.OUT_OF_MEMORY, 0)

@@ -17,6 +17,7 @@ from accelerando.machine import Machine
 from accelerando.measure.arm import Arm, Subject, mixed_batches, open_samples, save_samples, timed_batches
 from accelerando.measure.bench import Bench, examine
 from accelerando.measure.child import Child
+from accelerando.measure.memory import held_bytes, kept_within
 from accelerando.measure.rounds import Effort
 from accelerando.plugins import find
 from accelerando.recipe import Recipe
@@ -81,6 +82,43 @@ def test_a_child_that_dies_hangs_or_hoards_costs_the_call() -> None:
     with Child("a child", memory_limit=300 * 2**20) as child, pytest.raises(RefusalError, match="limit") as caught:
         child.call(hoard)
     assert caught.value.reason is Reason.OUT_OF_MEMORY
+
+
+def test_within_a_limit_memory_is_refused_and_the_child_lives() -> None:
+    """Torch's and Python's own; afterwards it may be had again."""
+
+    def ask(limit: int, count: int) -> str:
+        import torch
+
+        with kept_within(limit):
+            try:
+                return f"{len(torch.ones(count))} were had"
+            except RuntimeError as error:
+                first = str(error)
+            with pytest.raises(MemoryError):
+                bytearray(4 * count)
+        return f"{first}; then {len(torch.ones(count))}"
+
+    with Child("a child") as child:
+        child.call(ask, None, 1)  # torch's own
+        limit = child.call(held_bytes) + 400 * 2**20
+        assert child.call(ask, limit, 2**22) == f"{2**22} were had"
+        refused, _, later = child.call(ask, limit, 2**27).partition("; then ")
+        assert "allocate memory" in refused
+        assert later == str(2**27)
+
+
+def test_pages_of_a_file_are_not_held(tmp_path: Path) -> None:
+    np.save(tmp_path / "rows.npy", np.ones(2**25))
+
+    def read() -> float:
+        rows = np.load(tmp_path / "rows.npy", mmap_mode="r")
+        total = float(rows.sum())
+        time.sleep(0.3)  # long enough to be seen by the parent
+        return total
+
+    with Child("a child", memory_limit=200 * 2**20) as child:
+        assert child.call(read) == 2**25
 
 
 def test_a_child_ends_with_its_parent() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -273,6 +274,48 @@ def test_the_batch_is_halved_until_it_fits_into_memory(digits: Case) -> None:
     with pytest.raises(RefusalError) as refusal:
         digits.taught(Hungry(digits.cut(), 0), folder=digits.lessons.folder.with_name("b"))
     assert refusal.value.reason is Reason.OUT_OF_MEMORY
+    assert "1 row does not fit" in refusal.value.detail
+
+
+def test_batch_norm_is_not_taught_by_single_rows(digits: Case) -> None:
+    normed = nn.Sequential(nn.BatchNorm1d(64), digits.cut())
+    assert ", batch 4," in digits.taught(Hungry(normed, 5)).log[0]
+    with pytest.raises(RefusalError, match="4 rows does not fit"):
+        digits.taught(Hungry(normed, 3), folder=digits.lessons.folder.with_name("b"))
+
+
+def test_looking_takes_fewer_rows_where_memory_is_short(digits: Case) -> None:
+    lessons, most = digits.lessons, [10]
+
+    class Greedy(Hungry):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if len(x) > most[0]:
+                raise RuntimeError("could not create a primitive")  # oneDNN's words
+            return self.inner(x)
+
+    watch = Watch(lessons.watch, lessons.metric, digits.model.signature, None, 1)
+    assert watch.look(Greedy(digits.cut(), 0)) == digits.value(digits.cut())
+    assert watch.batch == 8
+    most[0] = 0
+    with pytest.raises(RefusalError, match="1 row") as refusal:
+        watch.fit_into_time(Greedy(digits.cut(), 0))
+    assert refusal.value.reason is Reason.OUT_OF_MEMORY
+
+
+def test_want_of_memory_is_never_blamed_on_the_owner(digits: Case) -> None:
+    def loss(answer: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        if len(targets) > 10:
+            raise MemoryError
+        return nn.functional.cross_entropy(answer, targets)
+
+    assert ", batch 8," in digits.taught(digits.cut(), loss=loss).log[0]
+    with pytest.raises(RefusalError) as refusal:
+        digits.taught(digits.cut(), metric=of_accuracy("hungry", True, _hunger), folder=digits.lessons.folder / "b")
+    assert refusal.value.reason is Reason.OUT_OF_MEMORY
+
+
+def _hunger(value: Any) -> Any:
+    raise MemoryError
 
 
 def test_ctrl_c_passes_through(digits: Case) -> None:
@@ -317,6 +360,39 @@ def test_a_lesson_that_was_cut_off_goes_on(digits: Case, monkeypatch: pytest.Mon
     assert after["steps"] > before["steps"] > 0
     assert digits.value(taught.module) > 0.85
     assert len(list(folder.iterdir())) == 2  # the progress and one file of weights
+
+
+@pytest.mark.slow
+def test_between_looks_an_epoch_is_lost_at_most(digits: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after every checkpoint, it ends when it would have, and looks as often."""
+    monkeypatch.setattr(trainer, "SAY_SECONDS", 0.0)
+    path, poor, course = digits.lessons.folder / "progress.json", digits.cut(), replace(BRIEF, seconds=40)
+    kept: list[dict[str, Any]] = [{"seconds": 0.0, "rows": 0, "curve": []}]
+
+    def say(text: str) -> None:
+        if path.exists() and (now := json.loads(path.read_text()))["seconds"] > kept[-1]["seconds"]:
+            kept.append(now)
+            raise KilledError
+
+    def ended() -> bool:
+        try:
+            digits.taught(poor, course, say=say)
+        except KilledError:
+            return False
+        return True
+
+    while not ended():
+        pass
+    after = json.loads(path.read_text())
+    assert sum(len(a["curve"]) == len(b["curve"]) for a, b in itertools.pairwise(kept)) >= 6  # between looks
+    for a, b in itertools.pairwise(kept):
+        assert b["seconds"] - a["seconds"] < trainer.SAVE_SECONDS + 1.5  # with what resuming takes
+        assert b["rows"] > a["rows"]
+    assert after["seconds"] == pytest.approx(40, abs=2)
+    looks = [seconds for seconds, _ in after["curve"]]
+    assert len(looks) >= trainer.LOOKS - 1
+    assert all(b - a < 40 / trainer.LOOKS + 2 for a, b in itertools.pairwise(looks))
+    assert len(list(path.parent.iterdir())) == 2
 
 
 def test_a_finished_lesson_is_not_learned_again(digits: Case) -> None:
@@ -620,11 +696,40 @@ def test_nothing_can_be_learned_from_whole_numbers() -> None:
         ("learning_rate", -1),
         ("optimizer", "adam"),
         ("labels", math.nan),
+        ("weight_decay", -0.1),
+        ("weight_decay", math.nan),
+        ("smoothing", 1.0),
     ],
 )
 def test_settings_out_of_range_are_refused(knob: str, value: Any) -> None:
     with pytest.raises(ValueError, match=knob):
         Course(**{knob: value})
+
+
+def test_weights_are_drawn_to_zero_as_much_as_is_asked(digits: Case) -> None:
+    def size(name: str, **course: Any) -> float:
+        folder = digits.lessons.folder / name
+        healed = digits.taught(digits.cut(), replace(BRIEF, seconds=3, **course), folder=folder).module
+        return float(healed[0].weight.square().sum())
+
+    usual, same, none, strong = (
+        size("usual"), size("same", weight_decay=0.01), size("none", weight_decay=0.0), size("strong", weight_decay=5.0)
+    )  # fmt: skip
+    assert usual == same
+    assert strong < 0.8 * usual < none
+
+
+def test_labels_are_smoothed_as_much_as_is_asked() -> None:
+    """By hand: the label's share of the cross-entropy, and the rest's, as PyTorch defines it."""
+    for metric, course, share in (
+        ("accuracy", {}, 0.05), ("cross-entropy", {}, 0.0), ("accuracy", {"smoothing": 0.0}, 0.0),
+        ("accuracy", {"smoothing": 0.3}, 0.3), ("perplexity", {"smoothing": 0.3}, 0.3),
+    ):  # fmt: skip
+        aim, outputs, wanted = _aim((6, 10), metric, np.arange(6), labels=1.0, **course)
+        chances = torch.log_softmax(outputs, 1)
+        right = -chances[torch.arange(6), wanted].mean()
+        expected = (1 - share) * right - share * chances.mean()
+        assert float(aim(outputs, [outputs], [], wanted)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_a_step_is_clipped_where_its_gradient_is_unusual(digits: Case) -> None:

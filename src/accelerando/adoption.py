@@ -20,6 +20,7 @@ from accelerando import metric as metrics
 from accelerando.errors import DataError, MissingExtraError, ModelError
 from accelerando.intake import LEAST_ROWS, Batch, check_ports, check_rows, gather
 from accelerando.metric import Metric
+from accelerando.schooling import schooled
 from accelerando.signature import Array, Node, Port, Signature, flatten, name_axes, to_numpy
 from accelerando.workload import EVAL_ROWS, Chunk, Form, Model, Samples, Workload, filled, own_module
 
@@ -48,7 +49,8 @@ def adopt(
 
     Raises:
         ModelError: the model can't be called with the data, or answers with NaN.
-        DataError: the data is empty, uneven or holds NaN, or the metric does not fit.
+        DataError: the data is empty, uneven or holds NaN, or the metric, or what is to be learned, does not fit.
+        UsageError: the loss or the augmentation fails on some rows, or gives something else than it must.
         MissingExtraError: the model's own framework is not installed.
     """
     owned, call, parameters, notes = _own(model)
@@ -61,15 +63,17 @@ def adopt(
         _, train_rows = gather(train, owned.required, "train")
         check_rows(train_rows, "train", 1)
         check_ports(signature, train_rows, "train")
+    like = rows.chunks[0].targets
     chosen, rows, note = _choose_metric(metric, call, signature, rows)
     notes += note
+    ready = Model(owned.form, owned.content, signature)
     if train_rows is not None:
+        train_rows = schooled(train_rows, ready, chosen, like, loss, augment)
         calibrate = train_rows.take(CALIBRATION_ROWS)
         select, certify = rows.split(SELECT_SHARE, 1 - SELECT_SHARE)
     else:
         aside = min(0.2, CALIBRATION_ROWS / len(rows))
         calibrate, select, certify = rows.split(aside, (1 - aside) * SELECT_SHARE, (1 - aside) * (1 - SELECT_SHARE))
-    ready = Model(owned.form, owned.content, signature)
     digest = _digest(ready, chosen, calibrate, select, certify)
     return Workload(ready, chosen, calibrate, select, certify, train_rows, tuple(notes), digest, loss, augment)
 

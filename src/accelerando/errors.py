@@ -100,6 +100,7 @@ class Reason(Enum):
     WRONG_FORM = "the model is not in the form that this step takes", "choose steps whose forms chain"
     NOTHING_TO_DO = "there was nothing for it to change", "nothing: the model is already that way"
     UNSUPPORTED = "the model holds something that it can't handle", "see the detail; other routes go on"
+    NO_TRAINING_DATA = "there is no training data, and it learns from some", "give `train=`, rows like those of `data=`"
     EXPORT_FAILED = "the model can't be exported", "see the exporter's own reason in the detail"
     WRONG_OUTPUT = (
         "it answers with other shapes or types than the original",

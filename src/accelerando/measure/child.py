@@ -37,7 +37,7 @@ class Child:
     """A fresh Python process that calls the functions it is given, one at a time.
 
     Args:
-        memory_limit: bytes that its resident memory may reach before it is killed; None for no limit.
+        memory_limit: bytes that it may hold (`memory.held_bytes`) before it is killed; None for no limit.
         name: for messages.
     """
 
@@ -160,13 +160,13 @@ class Child:
     def _check_memory(self) -> None:
         if self.memory_limit is None:
             return
-        with contextlib.suppress(OSError, IndexError):
-            resident = int(Path(f"/proc/{self.pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-            if resident > self.memory_limit:
+        with contextlib.suppress(OSError):
+            held = memory.held_bytes(self.pid)
+            if held > self.memory_limit:
                 self._kill()
                 raise RefusalError(
                     Reason.OUT_OF_MEMORY,
-                    f"{self.name} held {resident / 2**20:,.0f} MB; the limit is {self.memory_limit / 2**20:,.0f} MB",
+                    f"{self.name} held {held / 2**20:,.0f} MB; the limit is {self.memory_limit / 2**20:,.0f} MB",
                 )
 
     def _kill(self) -> None:

@@ -17,7 +17,6 @@ from accelerando.workload import Form
 MISSES = 3
 JUDGED_ON_SAMPLES = ("drop", "quality")
 EXACT = ("memory", "size")
-NO_LESSONS = "there is no training data"  # how the refusal of what heals begins
 
 
 def nearest(story: Story) -> tuple[str, ...]:
@@ -86,7 +85,7 @@ def helps(story: Story) -> tuple[str, ...]:
 def _teaching(story: Story) -> str:
     """What `train=` would make possible, where a torch module was given and only the training data is missing."""
     refused = (t.outcome for t in story.trials if isinstance(t.outcome, Refused))
-    untaught = any(o.detail.startswith(NO_LESSONS) for o in refused)
+    untaught = any(o.reason is Reason.NO_TRAINING_DATA for o in refused)
     missed = [c for c in story.bundle.verdict.checks if c.outcome is not Outcome.MET]
     if not untaught or not missed or story.bundle.workload.get("form") != Form.TORCH.value:
         return ""

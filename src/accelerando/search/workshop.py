@@ -16,8 +16,9 @@ from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.measure.arm import open_samples
 from accelerando.measure.child import Child, say
+from accelerando.measure.memory import kept_within
 from accelerando.plugins import recipe_from_json
-from accelerando.recipe import Artifact, Recipe, Technique
+from accelerando.recipe import Artifact, Recipe, Stage, Technique
 from accelerando.search.head_start import HeadStart, front_key
 from accelerando.workload import Form, Model, Samples, Workload, with_lessons
 
@@ -80,7 +81,7 @@ class Workshop:
             load = self._workload
             owner = (load.metric, load.loss, load.augment) if load.train is not None else None
             folders = str(self._folder), str(self._data)
-            self._child.call(_open, load.model, self._machine, *folders, owner, self._head_start)
+            self._child.call(_open, load.model, self._machine, *folders, owner, self._head_start, self._memory_limit)
         return self._child
 
     def profile(self, seconds: float) -> dict[str, Any]:
@@ -107,6 +108,7 @@ class _Bench:
     folder: Path
     data: Samples
     head_start: HeadStart | None
+    memory_limit: int | None
     done: dict[str, Model] = field(default_factory=dict)  # by key of the steps so far
     students: dict[str, Model] = field(default_factory=dict)  # likewise: those of an earlier search
 
@@ -121,12 +123,13 @@ def _open(
     data: str,
     owner: tuple[Any, Any, Any] | None,
     head_start: HeadStart | None,
+    memory_limit: int | None,
 ) -> None:
     rows = Path(data)
     if owner is not None and model.form is Form.TORCH:
         train, watch = open_samples(rows / "train"), open_samples(rows / "select")
         model = with_lessons(model, train, watch, owner, Path(folder).parent / "lessons", say)
-    _bench.append(_Bench(model, machine, Path(folder), open_samples(rows / "calibrate"), head_start))
+    _bench.append(_Bench(model, machine, Path(folder), open_samples(rows / "calibrate"), head_start, memory_limit))
 
 
 def _profile(seconds: float) -> dict[str, Any]:
@@ -187,7 +190,8 @@ def _with_checkpoints(model: Model, key: str) -> Model:
 def _apply(step: Any, model: Model, bench: _Bench, folder: Path) -> Model:
     if refusal := step.refuse(model, bench.machine):
         raise refusal
-    return step.apply(model, bench.data, folder)
+    with kept_within(bench.memory_limit if step.stage is Stage.HEAL else None):  # a lesson goes on with fewer rows
+        return step.apply(model, bench.data, folder)
 
 
 def _compile(recipe: Recipe, model: Model, bench: _Bench, into: Path) -> Built:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
@@ -14,6 +14,7 @@ from accelerando.train.course import Course
 from accelerando.workload import Form, Model, Samples
 
 SET_UP_SECONDS = 3.0
+LATER = ("weight_decay", "smoothing")  # knobs that recipes did not have at first
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,8 @@ class Distil(Technique):
         quantized: train with simulated int8, so that quantizing afterwards loses less.
         features: weight of the blocks' hidden states against the teacher's (Romero et al. 2015), where blocks have kept
             their width; the teacher is then asked at every step, which about doubles its time.  0 for none.
+        weight_decay: how much weights are drawn to zero; None for the optimizer's usual.
+        smoothing: share of a label that is spread over all classes; None for the usual, 0.05 or none, by the metric.
     """
 
     seconds: int = 60
@@ -38,6 +41,8 @@ class Distil(Technique):
     optimizer: str = "adamw"
     quantized: bool = False
     features: float = 0.0
+    weight_decay: float | None = None
+    smoothing: float | None = None
 
     takes: ClassVar[Form] = Form.TORCH
     gives: ClassVar[Form] = Form.TORCH
@@ -50,6 +55,10 @@ class Distil(Technique):
     @property
     def expected_seconds(self) -> float:
         return 1.05 * self.seconds + SET_UP_SECONDS
+
+    def to_json(self) -> dict[str, Any]:
+        """Without the knobs that came later, unless they are turned: older recipes keep their keys."""
+        return {k: v for k, v in super().to_json().items() if k not in LATER or v is not None}
 
     @classmethod
     def choices(cls, model: Model, machine: Machine) -> Iterable[Distil]:
@@ -69,7 +78,6 @@ class Distil(Technique):
 
 def _no_lessons() -> RefusalError:
     return RefusalError(
-        Reason.UNSUPPORTED,
-        "there is no training data: pass train=, rows like those of data=, with labels or without; "
-        "some thousands are good",
+        Reason.NO_TRAINING_DATA,
+        "train= takes rows like those of data=, with labels or without; some thousands are good",
     )

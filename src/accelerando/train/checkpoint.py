@@ -30,7 +30,7 @@ class Progress:
         seconds: of training that were used.
         curve: (seconds, the metric's value) of every look.
         rate, chosen: the learning rate's peak, and by what it was chosen.
-        batch, steps, rows: of a batch; made; seen.
+        steps, rows: made; seen.
         falls: how often the loss went astray.
         value: the metric of the best weights.
         done: nothing is left to be learned.
@@ -41,7 +41,6 @@ class Progress:
     curve: list[tuple[float, float]] = field(default_factory=list)
     rate: float = 0.0
     chosen: str = ""
-    batch: int = 0
     steps: int = 0
     rows: int = 0
     falls: int = 0

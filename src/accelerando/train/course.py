@@ -19,6 +19,10 @@ class Course:
         optimizer: `adamw`, or `sgd` with Nesterov momentum.
         quantized: int8 weights and activations are simulated while training.
         features: weight of the hidden states that both have, beside the answers; 0 for the answers alone.
+        weight_decay: how much weights (not biases, nor norms) are drawn to zero, as a share of the learning rate; None
+            for the optimizer's usual: 0.01 of `adamw`, 0.0005 of `sgd`.
+        smoothing: share of a label that is spread over all classes (Szegedy et al. 2016); None for 0.05, but 0 where
+            the metric judges how sure the answer is.  Of the loss that is guessed for classes: another has none.
 
     Raises:
         ValueError: a setting is out of its range.
@@ -31,6 +35,8 @@ class Course:
     optimizer: str = "adamw"
     quantized: bool = False
     features: float = 0.0
+    weight_decay: float | None = None
+    smoothing: float | None = None
 
     def __post_init__(self) -> None:
         if not self.seconds > 0:
@@ -43,5 +49,9 @@ class Course:
             raise ValueError(f"learning_rate must be 0 or more, but is {self.learning_rate}")
         if not 0 <= self.features < float("inf"):
             raise ValueError(f"features must be 0 or more, but is {self.features}")
+        if self.weight_decay is not None and not 0 <= self.weight_decay < float("inf"):
+            raise ValueError(f"weight_decay must be 0 or more, or None, but is {self.weight_decay}")
+        if self.smoothing is not None and not 0 <= self.smoothing < 1:
+            raise ValueError(f"smoothing must be from 0 to less than 1, or None, but is {self.smoothing}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"optimizer must be one of {', '.join(OPTIMIZERS)}, but is {self.optimizer!r}")

@@ -7,15 +7,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from accelerando.errors import Reason, RefusalError
+from accelerando.errors import Reason, RefusalError, UsageError
 from accelerando.metric import Metric
+from accelerando.schooling import loss_of
 from accelerando.signature import Signature
 from accelerando.train.course import Course
+from accelerando.train.room import in_lesson
 
 OF_CLASSES = {"accuracy", "accuracy-at-half", "top-5", "f1", "mean-iou", "cross-entropy", "perplexity", "agreement"}
 OF_CHANCES = {"cross-entropy", "perplexity"}  # judged by how sure the answer is, so that smoothing would cost
 OF_NUMBERS = {"mae", "mse", "rmse", "r2", "psnr", "cosine"}
-SMOOTHING = 0.05  # of hard labels
+SMOOTHING = 0.05  # of hard labels, where the owner does not say
 OTHERS = 0.25  # weight of the outputs that the metric does not look at, all together
 LEAST_CHANCE = 1e-7
 
@@ -147,7 +149,11 @@ def aim_of(
         meaning, axis, chances, primary, tuple(_scale(x, absolute) for x in taught), None, "no labels",
         course.labels, course.temperature, absolute,
     )  # fmt: skip
-    return aim if targets is None or course.labels == 0 else _with_labels(aim, metric, own_loss, taught, targets)
+    if targets is None or course.labels == 0:
+        return aim
+    usual = 0.0 if metric.name in OF_CHANCES else SMOOTHING
+    smoothing = usual if course.smoothing is None else course.smoothing
+    return _with_labels(aim, metric, own_loss, smoothing, taught, targets)
 
 
 def primary_of(signature: Signature) -> int:
@@ -188,7 +194,12 @@ def _scale(x: Any, absolute: bool) -> float:
 
 
 def _with_labels(
-    aim: Aim, metric: Metric, own_loss: Callable[[Any, Any], Any] | None, taught: Sequence[Any], targets: Any
+    aim: Aim,
+    metric: Metric,
+    own_loss: Callable[[Any, Any], Any] | None,
+    smoothing: float,
+    taught: Sequence[Any],
+    targets: Any,
 ) -> Aim:
     """The aim with the loss of the labels: the owner's, else the obvious one, else none."""
     from dataclasses import replace
@@ -199,7 +210,6 @@ def _with_labels(
         return replace(aim, hard_name="labels not used" if metric.of_original else aim.hard_name)
     outputs, whole = taught[aim.primary], not targets.is_floating_point()
     if whole and aim.meaning == "classes":
-        smoothing = 0.0 if metric.name in OF_CHANCES else SMOOTHING
         return replace(aim, hard=_cross_entropy(aim, smoothing), hard_name="cross-entropy")
     if whole and aim.meaning == "binary":
         return replace(aim, hard=_binary_cross_entropy(aim), hard_name="binary cross-entropy")
@@ -247,13 +257,6 @@ def _owners(own_loss: Callable[[Any, Any], Any], answer: Any, targets: Any) -> A
         RefusalError: UNSUPPORTED: it raised, or what it gave is not a scalar tensor.
     """
     try:
-        found = own_loss(answer, targets)
-    except Exception as error:
-        raise RefusalError(
-            Reason.UNSUPPORTED,
-            f"loss= failed: {type(error).__name__}: {str(error)[:300]}; it must take (the model's answer, targets)",
-        ) from error
-    if not hasattr(found, "backward") or found.numel() != 1:
-        what = f"shape {tuple(found.shape)}" if hasattr(found, "shape") else type(found).__name__
-        raise RefusalError(Reason.UNSUPPORTED, f"loss= gave {what}, but must give a scalar tensor")
-    return found.reshape(())
+        return loss_of(own_loss, answer, targets)
+    except UsageError as error:
+        raise in_lesson(error) from error

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from accelerando.errors import Reason, RefusalError
+from accelerando.errors import Reason, RefusalError, UsageError
+from accelerando.schooling import varied_by
 from accelerando.signature import Signature, flatten
 from accelerando.train.course import Course
 from accelerando.train.hints import Hints
 from accelerando.train.loss import aim_of
 from accelerando.train.pace import Pace
+from accelerando.train.room import fitted, in_lesson
 from accelerando.train.rows import Batch, Rows, looks_like_image, shifted
 from accelerando.train.teacher import Teacher
 from accelerando.train.weights import Zeros
 from accelerando.workload import Lessons
 
 CLIP = 4.0  # times the usual norm of the gradient
-LEAST_BATCH = 4
-DECAY = {"adamw": 0.01, "sgd": 5e-4}  # of weights, not of biases and norms
+LEAST_FOR_NORM = 4  # rows of which a batch norm can take statistics
+DECAY = {"adamw": 0.01, "sgd": 5e-4}  # the usual one, of weights, not of biases and norms
 
 
 class Practice:
@@ -47,20 +50,28 @@ class Practice:
         if self._images:
             student.to(memory_format=torch.channels_last)
         self._augment, self._zeros = lessons.augment, Zeros(student)
+        normed = any("BatchNorm" in type(m).__name__ for m in student.modules())
+        self._least, self._most = LEAST_FOR_NORM if normed else 1, sys.maxsize  # rows that learn together, that fit
         self.rows = Rows(lessons.train, Pace().batch, seed=0)
-        batch = self.rows.draw()
-        taught = teacher.answers(batch)
-        self.aim = aim_of(signature, teacher.floats, lessons.metric, lessons.loss, course, taught, batch.targets)
-        still = self.aim.meaning != "numbers" and all(x.dim() <= 2 for x in taught)  # else places in it would move
-        self._shifts = still and sum(map(looks_like_image, batch.inputs)) == 1
-        self._hints = Hints(student, lessons.teacher, self._called, batch.inputs) if course.features else None
         self._bf16 = False
         self._last: tuple[Batch, list[Any]] | None = None
         self.restart()
+        fitted(lambda: self._get_to_know(lessons), self._halve_batch)
+
+    def _get_to_know(self, lessons: Lessons) -> None:
+        """What is to be learned, seen by some rows."""
+        batch = self.rows.draw()
+        taught, course = self._teacher.answers(batch), self._course
+        floats = self._teacher.floats
+        self.aim = aim_of(self._signature, floats, lessons.metric, lessons.loss, course, taught, batch.targets)
+        still = self.aim.meaning != "numbers" and all(x.dim() <= 2 for x in taught)  # else places in it would move
+        self._shifts = still and sum(map(looks_like_image, batch.inputs)) == 1
+        self._hints = Hints(self._student, lessons.teacher, self._called, batch.inputs) if course.features else None
 
     def restart(self) -> None:
         """Go on from the student's weights as they are, with an optimizer that has no past."""
-        self._optimizer = _optimizer(self._student, self._course.optimizer)
+        self._optimizer = _optimizer(self._student, self._course)
+        self._optimizer.zero_grad()
         self._norm = 0.0
         self.steps = 0  # since then
 
@@ -75,25 +86,25 @@ class Practice:
         Raises:
             RefusalError: OUT_OF_MEMORY, or UNSUPPORTED: the module can't be trained.
         """
-        while True:
-            try:
-                if not again or self._last is None or len(self._last[0]) > self.rows.batch:
-                    batch = self.rows.draw()
-                    self._last = batch, self._taught(batch)
-                (batch, taught), start = self._last, self._clock()
-                loss = self._step(batch, taught, rate)
-                self._each = (self._clock() - start) / len(batch)
-            except RefusalError:
-                raise
-            except Exception as error:
-                self._optimizer.zero_grad()
-                if not _is_of_memory(error):
-                    what = f"{type(error).__name__}: {str(error)[:300]}"
-                    raise RefusalError(Reason.UNSUPPORTED, f"it can't be trained: {what}") from error
-                self._halve_batch(error)
-            else:
-                self.steps += 1
-                return loss, len(batch)
+
+        def step() -> tuple[float, int]:
+            if not again or self._last is None or len(self._last[0]) > self.rows.batch:
+                batch = self.rows.draw()
+                self._last = batch, self._taught(batch)
+            (batch, taught), start = self._last, self._clock()
+            loss = self._step(batch, taught, rate)
+            self._each = (self._clock() - start) / len(batch)
+            return loss, len(batch)
+
+        try:
+            found = fitted(step, self._halve_batch)
+        except RefusalError:
+            raise
+        except Exception as error:
+            what = f"{type(error).__name__}: {str(error)[:300]}"
+            raise RefusalError(Reason.UNSUPPORTED, f"it can't be trained: {what}") from error
+        self.steps += 1
+        return found
 
     def seconds_of(self, pace: Pace) -> float:
         """What a step takes at a pace, without the teacher's time; it moves no weight but statistics of the data.
@@ -111,7 +122,14 @@ class Practice:
 
         torch.set_num_threads(pace.threads)
         self._bf16 = self._teacher.bf16 = pace.bf16
-        self.rows.batch = pace.batch
+        self.rows.batch = min(pace.batch, self._most)
+
+    def show(self) -> None:
+        """Let the student answer some rows, from which it does not learn."""
+        import torch
+
+        with torch.no_grad():
+            fitted(lambda: self.call(self.rows.draw().inputs), self._halve_batch)
 
     def call(self, inputs: tuple[Any, ...]) -> Any:
         """The student's answer to flat inputs."""
@@ -170,16 +188,9 @@ class Practice:
         if self._augment is None:
             return shifted(inputs) if self._shifts else inputs
         try:
-            varied = tuple(self._augment(inputs))
-        except Exception as error:
-            what = f"{type(error).__name__}: {str(error)[:300]}"
-            raise RefusalError(
-                Reason.UNSUPPORTED, f"augment= failed: {what}; it must take a tuple of tensors"
-            ) from error
-        wanted, got = ([(str(x.dtype), tuple(x.shape)) for x in some] for some in (inputs, varied))
-        if wanted != got:
-            raise RefusalError(Reason.UNSUPPORTED, f"augment= was given {wanted} and gave {got}, but must keep them")
-        return varied
+            return varied_by(self._augment, inputs)
+        except UsageError as error:
+            raise in_lesson(error) from error
 
     def _clip(self) -> bool:
         """Cut a gradient that is far longer than usual; whether it is finite.
@@ -199,35 +210,29 @@ class Practice:
         self._norm = 0.9 * self._norm + 0.1 * norm if self._norm else norm
         return True
 
-    def _halve_batch(self, error: Exception) -> None:
-        if self.rows.batch <= LEAST_BATCH:
-            raise RefusalError(
-                Reason.OUT_OF_MEMORY, f"a training step of {self.rows.batch} rows does not fit into memory"
-            ) from error
-        self.rows.batch //= 2
+    def _halve_batch(self) -> None:
+        """Half the rows from now on, and an optimizer anew: the memory of the one at hand may be half made."""
+        self._last = None
+        self.restart()
+        if self.rows.batch <= self._least:
+            rows = f"{self.rows.batch} row{'s' if self.rows.batch > 1 else ''}"
+            raise RefusalError(Reason.OUT_OF_MEMORY, f"a training step of {rows} does not fit into the rest")
+        self.rows.batch = self._most = max(self.rows.batch // 2, self._least)
 
 
-def _optimizer(student: Any, name: str) -> Any:
+def _optimizer(student: Any, course: Course) -> Any:
     import torch
 
     parameters = [p for p in student.parameters() if p.requires_grad]
     if not parameters:
         raise RefusalError(Reason.NOTHING_TO_DO, "it has no parameters that could learn")
+    decay = DECAY[course.optimizer] if course.weight_decay is None else course.weight_decay
     groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": DECAY[name]},
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": decay},
         {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
     fused = all(p.dtype in (torch.float32, torch.float64) for p in parameters)
-    if name == "sgd":
+    if course.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=0.0, momentum=0.9, nesterov=True, fused=fused)
     return torch.optim.AdamW(groups, lr=0.0, fused=fused)
-
-
-def _is_of_memory(error: Exception) -> bool:
-    if isinstance(error, MemoryError):
-        return True
-    words = str(error).lower()
-    return isinstance(error, RuntimeError) and any(
-        w in words for w in ("not enough memory", "can't allocate memory", "out of memory", "bad_alloc")
-    )

@@ -54,7 +54,7 @@ class Rows:
 
         chunk = self.samples.chunks[number]
         inputs = tuple(torch.from_numpy(np.array(x[rows])) for x in chunk.inputs)
-        targets = None if chunk.targets is None else torch.from_numpy(_signed(np.array(chunk.targets[rows])))
+        targets = None if chunk.targets is None else torch.from_numpy(np.array(chunk.targets[rows]))
         return Batch(number, rows, inputs, targets)
 
     def _order(self) -> list[tuple[int, Array]]:
@@ -67,11 +67,6 @@ class Rows:
             parts = np.array_split(order, math.ceil(len(order) / self.batch))
             batches += [(number, np.sort(part)) for part in parts]
         return [batches[i] for i in self._rng.permutation(len(batches))]
-
-
-def _signed(array: Array) -> Array:
-    """An array of a type that torch computes with."""
-    return array.astype(np.int64) if array.dtype.kind == "u" and array.dtype != np.uint8 else array
 
 
 def shifted(inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -97,9 +97,12 @@ class Teacher:
         for kind in (np.float32, np.float16):
             size = count * np.dtype(kind).itemsize
             if size <= self._room:
+                try:
+                    empty = [np.zeros((rows, *tensor.shape[1:]), kind) for tensor in leaves]
+                except MemoryError:
+                    continue
                 self._room -= size
-                for leaf, tensor in zip(self.floats, leaves, strict=True):
-                    self._answers[f"{number}.{leaf}"] = np.zeros((rows, *tensor.shape[1:]), kind)
+                self._answers.update({f"{number}.{leaf}": x for leaf, x in zip(self.floats, empty, strict=True)})
                 self._answers[f"{number}.known"] = np.zeros(rows, bool)
                 return True
         return False

@@ -1,7 +1,7 @@
 """The loop: a student is taught by the original for a given time, and the best that was seen of it is kept.
 
 begin     the first look; the fastest pace; the learning rate
-learn     steps, until it is time to look
+learn     steps, until it is time to look; a checkpoint for every epoch
 judge     look at the student and at its average; keep the best; leave a checkpoint
 finish    the best weights, and what there is to say
 """
@@ -26,6 +26,7 @@ from accelerando.train.course import Course
 from accelerando.train.fake_quantize import FakeInt8
 from accelerando.train.pace import find_pace, threads_kept
 from accelerando.train.practice import Practice
+from accelerando.train.room import shortage_refused
 from accelerando.train.teacher import Teacher
 from accelerando.train.watch import Best, Watch
 from accelerando.train.weights import Average, Weights, fit, live_weights, put, weights_of
@@ -36,6 +37,7 @@ LOOKS = 8  # over the budget, where looking is cheap
 LOOKING = 0.1  # of the time at most
 PATIENCE, LAST_PHASE = 4, 0.8  # looks without a gain, and from when on they end the lesson
 SAY_SECONDS = 1.5
+SAVE_SECONDS, SAVING = 2.0, 0.05  # between checkpoints at least; of the time at most
 BLOWN = 10.0  # times the loss at the beginning: it diverged
 FALLS = 2  # returns to the best weights before it is given up
 RANGE_TEST = 0.06  # of the time at most
@@ -70,7 +72,7 @@ def teach(
     """
     import torch
 
-    with torch.random.fork_rng(devices=()), torch.enable_grad(), threads_kept():
+    with torch.random.fork_rng(devices=()), torch.enable_grad(), threads_kept(), shortage_refused():
         torch.manual_seed(SEED)
         student = _copied(module)
         teacher = Teacher(lessons.teacher, signature, lessons.train, lessons.folder.parent / "teacher")
@@ -124,7 +126,7 @@ class _Lesson:
         if not progress.rate:
             progress.rate, progress.chosen = self._range_test()
             self._restart(first)
-        return self._learned()
+        return self._learned(looked=self._elapsed())
 
     def resume(self, progress: Progress, kept: dict[str, Weights]) -> tuple[Weights, Progress]:
         """From a checkpoint, with the time that was left."""
@@ -134,20 +136,27 @@ class _Lesson:
         self._get_ready()
         self._best = Best(self._watch, progress.value, kept["best"])
         self._find_pace(kept["latest"])
-        return self._learned()
+        return self._learned(looked=progress.curve[-1][0] if progress.curve else 0.0)
 
-    def _learned(self) -> tuple[Weights, Progress]:
-        """Steps and looks until the time is up, or nothing is gained any more."""
+    def _learned(self, looked: float) -> tuple[Weights, Progress]:
+        """Steps and looks until the time is up, or nothing is gained any more.
+
+        Args:
+            looked: when the last look was, or would have been: the next is due as long after it, resumed or not.
+        """
         spacing = self._course.seconds / LOOKS
+        self._saved, self._save_took = (self._elapsed(), self._progress.rows), 0.0
         while self._left() > 0:
-            due = self._elapsed() + max(spacing, 2 * self._watch.took * (1 / LOOKING - 1))
+            due = looked + max(spacing, 2 * self._watch.took * (1 / LOOKING - 1))
             try:
                 while self._elapsed() < due and self._left() > 0:
                     self._advance()
                     self._tell()
+                    self._save_if_due()
                 self._judge()
             except _Astray as astray:
                 self._go_back(str(astray))
+            looked = self._elapsed()
             if self._best.idle >= PATIENCE and self._elapsed() > LAST_PHASE * self._course.seconds:
                 break
         if math.isnan(self._best.value):
@@ -177,13 +186,10 @@ class _Lesson:
 
     def _get_ready(self) -> None:
         """Simulated int8, with the ranges of some rows; as many watch rows as there is time for."""
-        import torch
-
         self._student.eval()
         if self._fake:
             self._fake.on()
-            with torch.no_grad():
-                self._practice.call(self._practice.rows.draw().inputs)
+            self._practice.show()
         self._watch.fit_into_time(self._student)
 
     def _find_pace(self, weights: Weights) -> None:
@@ -244,10 +250,23 @@ class _Lesson:
                 value, weights = averaged, weights_of(self._student)
             put(self._student, latest)
         self._best.offer(value, weights)
-        progress = self._progress
-        progress.curve.append((self._elapsed(), value))
-        progress.seconds, progress.value = self._elapsed(), self._best.value
+        self._progress.curve.append((self._elapsed(), value))
+        self._save(latest)
+
+    def _save_if_due(self) -> None:
+        """Leave a checkpoint where an epoch was learned since the last one, so that no more than that can be lost."""
+        seconds, rows = self._saved
+        if self._progress.rows - rows < len(self._lessons.train) or math.isnan(self._best.value):
+            return
+        if self._elapsed() - seconds >= max(SAVE_SECONDS, self._save_took / SAVING):
+            self._save(weights_of(self._student))
+
+    def _save(self, latest: Weights) -> None:
+        progress, start = self._progress, self._elapsed()
+        progress.seconds, progress.value = start, self._best.value
         self._checkpoint.write(progress, best=self._best.weights, latest=latest)
+        self._saved = self._elapsed(), progress.rows
+        self._save_took = self._saved[0] - start
 
     def _look(self) -> float:
         return self._watch.look(self._student.eval())

@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from accelerando.errors import Reason, RefusalError
 from accelerando.metric import Metric, primary
 from accelerando.signature import Signature, flatten, to_numpy
+from accelerando.train.room import fitted
 from accelerando.train.weights import Weights
 from accelerando.workload import EVAL_ROWS, Chunk, Samples
 
@@ -37,7 +39,7 @@ class Watch:
         self._metric, self._signature = metric, signature
         self._samples, self._seconds = samples.take(MOST_ROWS), seconds
         self._teacher, self._clock = teacher, clock
-        self.batch = EVAL_ROWS
+        self.batch = EVAL_ROWS  # fewer where they do not fit into memory
         self.took = 0.0  # seconds of the last look
 
     @property
@@ -50,24 +52,37 @@ class Watch:
 
     def look(self, module: Any) -> float:
         """The metric's value of a module in eval mode; NaN where its answers are not finite."""
-        start, scores = self._clock(), []
+        start = self._clock()
+        value = fitted(lambda: self._value(module), self._halve_batch)
+        self.took = self._clock() - start
+        return value
+
+    def _value(self, module: Any) -> float:
+        scores = []
         for batch in self._samples.batches(self.batch):
             answer = self._answer(module, batch)
             if answer is None:
-                self.took = self._clock() - start
                 return math.nan
             scores.append(self._metric.scores(answer, self._targets(batch)))
-        self.took = self._clock() - start
         return float(self._metric.value(np.concatenate(scores).mean(0)))
+
+    def _halve_batch(self) -> None:
+        if self.batch == 1:
+            raise RefusalError(Reason.OUT_OF_MEMORY, "an answer to 1 row does not fit into the rest")
+        self.batch //= 2
 
     def fit_into_time(self, module: Any) -> None:
         """Choose as many rows as a look may take."""
-        first, each = next(self._samples.batches(self.batch)), math.inf
+        each = fitted(lambda: self._seconds_of_row(module), self._halve_batch)
+        self._samples = self._samples.take(int(min(MOST_ROWS, max(LEAST_ROWS, self._seconds / max(each, 1e-9)))))
+
+    def _seconds_of_row(self, module: Any) -> float:
+        first, took = next(self._samples.batches(self.batch)), []
         for _ in range(3):  # the first call prepares what later ones reuse
             start = self._clock()
             self._answer(module, first)
-            each = min(each, (self._clock() - start) / len(first))
-        self._samples = self._samples.take(int(min(MOST_ROWS, max(LEAST_ROWS, self._seconds / max(each, 1e-9)))))
+            took.append(self._clock() - start)
+        return min(took) / len(first)
 
     def better(self, value: float, than: float) -> bool:
         """Whether a value is better; NaN never is."""
