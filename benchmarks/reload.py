@@ -24,6 +24,7 @@ NOTICED_SECONDS = 30.0  # at most until a changed folder is noticed and loaded
 CROWD = 16  # rows of a request
 LOAD = 0.4  # of what one connection gets that asks again and again
 WORSE = 1.5
+GOAL = "p99 <= 10s, drop <= 1%"  # which the ladder's faster rungs do not keep: who takes over must have a better one
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def swapped(ground: Ground) -> Found:
     windows: list[Window] = []
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(shutil.copytree(ground.path, Path(folder) / "vit"))
-        with Server("vit", bundle, "--goal", "p99 <= 10s") as server:
+        with Server("vit", bundle, "--goal", GOAL) as server:
             order = Order(server.port, "/v2/models/vit/infer", Bundle.open(bundle).signature.inputs[0].name)
             carried = rate(replace(order, connections=1, seconds=LOOP_SECONDS), rows)
 
@@ -91,8 +92,8 @@ def told(found: Sent, disturbed: float, windows: Sequence[Window]) -> Found:
             Figure("p99 while reloading over the quiet one", f"{ratio:.2f}", f"{WORSE}", ratio <= WORSE),
             Figure("requests that failed meanwhile", f"{failed} of {len(found.good):,}", "none", failed == 0),
         ),
-        f"Hot reload: {len(found.good) / span:,.0f} requests/s of {CROWD} rows over HTTP, {LOAD:.0%} of what one "
-        f"connection gets, {found.punctual:.1%} sent on time. The bundle was loaded anew {len(windows)} times, "
+        f"Hot reload, {GOAL}: {len(found.good) / span:,.0f} requests/s of {CROWD} rows over HTTP, {LOAD:.0%} of what "
+        f"one connection gets, {found.punctual:.1%} sent on time. The bundle was loaded anew {len(windows)} times, "
         f"{windows[0].how} first and then {windows[-1].how}, in {min(lasted):.1f} to {max(lasted):.1f} s each. "
         f"p99 was {before * 1e3:.1f} ms in {int(calm.sum()):,} quiet requests, {then * 1e3:.1f} ms in the "
         f"{int(meanwhile.sum()):,} sent meanwhile; p50 {middle[0] * 1e3:.1f} and {middle[1] * 1e3:.1f} ms.",

@@ -114,6 +114,7 @@ class FakeServed:
     ) -> None:
         self._signature, self.function, self.why, self.refusal = signature, function, why, refusal
         self.answers: Literal["now", "thread", "held"] = answers
+        self.ready = True
         self.base = status or fake_status()
         self.asked: list[dict[str, object]] = []
         self.tickets: list[Ticket] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pytest
 
 from accelerando import cli
 from accelerando.backends.onnxruntime import Onnxruntime
+from accelerando.bundle import Bundle
 from accelerando.errors import UsageError
 from accelerando.recipe import Recipe
 from accelerando.signature import Port, Signature
@@ -247,4 +249,18 @@ def test_optimize_a_model_from_the_command_line(call, tmp_path: Path, onnx_model
     assert status == 0
     assert "The ladder" in out
     assert "best so far" in err or "tried" in err
+    assert "best so far" in err or "tried" in err
     assert (tmp_path / "page.html").exists()
+    again = Bundle.open(tmp_path / "b").run["command"]
+    assert run_again(call, again, tmp_path / "rows.npz") == 0
+    refreshing = ("--model", onnx_model, "--data", tmp_path / "rows.npz", "--into", tmp_path / "new", "--budget", "10s")
+    assert call("refresh", tmp_path / "b", *refreshing)[0] == 0
+    again = Bundle.open(tmp_path / "new").run["command"]
+    assert again.startswith("accelerando refresh")
+    assert run_again(call, again, tmp_path / "rows.npz") == 0
+
+
+def run_again(call, line: str, data: Path) -> int:
+    """The status of the command that a report shows, the user's data put in."""
+    _, *words = shlex.split(line)
+    return call(*(data if word == "..." else word for word in words))[0]

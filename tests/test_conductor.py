@@ -495,15 +495,15 @@ def test_a_loop_does_not_wait_for_cores_that_somebody_else_holds(make: Any) -> N
 def test_an_error_of_the_runtimes_own_in_a_turn_fails_who_it_meets(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     held, loop = make(governor=Stands(1, 8)), Loop()
 
-    def broken(number: int) -> float:
-        raise ArithmeticError("no promise")
+    def broken(*_: Any) -> None:
+        raise ArithmeticError("no tally")
 
     with monkeypatch.context() as patch:
-        patch.setattr(held.residents, "promise", broken)
+        patch.setattr(held.conductor.tally, "answered", broken)
         tickets = [loop.ask(held) for _ in range(3)]
         loop.turn()
         for ticket in tickets:
-            with pytest.raises(RowsError, match="no promise"):
+            with pytest.raises(RowsError, match="no tally"):
                 ticket.future.result(WAIT)
     assert held.ask().future.result(WAIT)
 
@@ -524,6 +524,59 @@ def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any) -> 
             ticket.future.result(WAIT)
     governor.rows = 1
     assert held.ask().future.result(WAIT)
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (lambda now: None, "must give a Decision, but gave None"),
+        (lambda now: Decision(99, 1, now, ""), r"ready one \(0, 2\), but is 99"),
+        (lambda now: Decision(1, 1, now, ""), r"ready one \(0, 2\), but is 1"),  # it failed
+        (lambda now: Decision("2", 1, now, ""), r"ready one \(0, 2\), but is '2'"),  # type: ignore[arg-type]
+        (lambda now: Decision(2, 0, now, ""), "rows of a Decision .* but are 0"),
+        (lambda now: Decision(2, 1.5, now, ""), "rows of a Decision .* but are 1.5"),  # type: ignore[arg-type]
+    ],
+)
+def test_a_decision_that_can_not_be_followed_costs_its_requests_and_nobody_else(make: Any, said: Any, why: str) -> None:
+    class Absent(Stands):
+        def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+            return super().decide(last, signal, rungs) if self.rows else said(signal.now)
+
+    governor = Absent(2, 0)
+    held, loop = make(governor=governor), Loop()
+    held.residents.turn_away(1, "failed", "it is to be")
+    tickets = [loop.ask(held), held.ask()]
+    loop.turn()
+    for ticket in tickets:
+        with pytest.raises(OverloadedError, match=f"the governor failed on it: .*{why}"):
+            ticket.future.result(WAIT)
+    with pytest.raises(OverloadedError, match=f"the governor failed on it: .*{why}"):
+        held.conductor.answer(Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic()))
+    assert held.conductor.tally.requests["refused"] == 3
+    governor.rows = 1
+    assert held.ask().future.result(WAIT).why.rung == 2
+
+
+def test_a_rung_that_goes_just_when_it_was_decided_for_costs_nothing(make: Any) -> None:
+    class Late(Stands):
+        def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+            if self.rung == 1:
+                held.residents.turn_away(1, "failed", "it is to be")
+                self.rung = 2
+                return Decision(1, 1, signal.now, "it was there")
+            return super().decide(last, signal, rungs)
+
+    held = make(governor=Late(1))
+    assert [held.ask().future.result(WAIT).why.rung for _ in range(3)] == [0, 2, 2]
+
+
+def test_where_it_stood_is_forgotten_when_other_rungs_take_over(make: Any) -> None:
+    held, other = make(governor=Stands(2)), make()
+    assert held.ask().future.result(WAIT).why.rung == 2
+    held.conductor.conduct(replace(held.conductor.company))  # other aims
+    assert held.conductor.standing == 2
+    held.conductor.conduct(other.conductor.company)
+    assert held.conductor.standing == 0
 
 
 def test_closing_before_the_turn_answers_who_waits_for_it(make: Any) -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rms_normed import Llama
 from torch import nn
 
 from accelerando.adoption import adopt
@@ -173,6 +174,12 @@ def test_blocks_keep_their_shape_and_run_in_order() -> None:
 def test_a_part_without_a_path_around_its_weights_is_no_block() -> None:
     model = seeded(lambda: nn.Sequential(Unlike(), Unlike(), Residual(), Residual()))
     assert names(model, floats(64, WIDTH)) == ["2", "3"]
+
+
+def test_a_norm_of_ones_own_is_no_block(tmp_path: Path) -> None:
+    after = drop(Llama(), floats(64, 6, 5), tmp_path)[1]
+    assert names(Llama(), floats(64, 6, 5)) == [f"blocks.{i}" for i in range(4)]
+    assert "2 of 4 residual blocks left out: blocks." in after.log[-1]
 
 
 def test_a_block_that_runs_twice_is_none() -> None:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from company import ladder_of
+from forking import forked
 
 import accelerando
 from accelerando import GovernedModel, load
+from accelerando.backends.eager import Eager
+from accelerando.bundle import Bundle
 from accelerando.errors import (
     BundleError,
     ClosedError,
@@ -25,10 +32,16 @@ from accelerando.errors import (
     UsageError,
 )
 from accelerando.goal import Goal
+from accelerando.recipe import Recipe
+from accelerando.serve import reception
 from accelerando.serve.aims import Aims
+from accelerando.serve.company import Company, Terms, assemble
+from accelerando.serve.governor import PRESETS
+from accelerando.serve.sizes import Sizes
+from accelerando.serve.tickets import Ticket
 from accelerando.signature import Port
 from accelerando.testing.bundles import SIGNATURE, write_bundle
-from accelerando.testing.fakes import fakes_known
+from accelerando.testing.fakes import fake_recipe, fakes_known
 
 ROW = np.array([[1, 2, 3, 4]], np.float32)
 
@@ -124,6 +137,137 @@ def test_update_drops_nothing_and_counts_its_version(model: GovernedModel, tmp_p
     assert model.version == model.status().version == 2
 
 
+def test_after_an_update_it_tells_of_the_new_bundle(model: GovernedModel, tmp_path: Path) -> None:
+    for _ in range(5):
+        model(ROW)
+    write_bundle(tmp_path / "newer", recipes=[fake_recipe(0), fake_recipe(1)])
+    model.update(tmp_path / "newer")
+    told = model.status()
+    assert told.rows == told.answered == 5
+    assert [rung.answered for rung in told.rungs] == [0, 0]
+    assert told.standing in (0, 1)
+    model(ROW)
+    assert sum(rung.answered for rung in model.status().rungs) == 1
+
+
+def test_where_nothing_of_the_new_bundle_can_be_loaded_the_old_goes_on(model: GovernedModel, tmp_path: Path) -> None:
+    write_bundle(tmp_path / "damaged")
+    for file in (tmp_path / "damaged" / "rungs").glob("*/*.json"):
+        file.write_bytes(b"x" * file.stat().st_size)
+    rungs = model._conductor.company.residents
+    with pytest.raises(BundleError, match="no-rung"):
+        model.update(tmp_path / "damaged")
+    for _ in range(3000):
+        if all(rung.state == "ready" for rung in rungs):
+            break
+        time.sleep(0.01)
+    assert [rung.state for rung in rungs] == ["ready"] * 3
+    assert model(ROW).shape == (1, 3)
+    assert model.version == 1
+
+
+def test_under_a_cap_and_a_bound_on_quality_an_update_refuses_nobody(path: Path) -> None:
+    """Both bundles have no room for all their rungs: those of the old one leave while it serves."""
+    sizes = Sizes(Bundle.open(path).ladder.rungs)
+    cap = sizes.together(range(3)).bytes + sizes.added(2)
+    with load(path, goal="p99 <= 10s, drop <= 5%", memory=cap, audit=0) as model, ThreadPoolExecutor(1) as pool:
+        update = pool.submit(lambda: list(map(model.update, [path] * 3)))
+        while not update.done():
+            assert model(ROW).shape == (1, 3)
+        update.result()
+        told = model.status()
+    assert (told.version, told.refused, told.failed, told.late) == (4, 0, 0, 0)
+
+
+def of_quality(path: Path, *drops: float) -> Bundle:
+    """A bundle of which the first rung runs the original's own code, and rungs drop so much."""
+    bundle = ladder_of(Bundle.open(path), drops)
+    first, *rest = bundle.ladder.rungs
+    own = replace(first, recipe=Recipe((), Eager()))
+    return replace(bundle, ladder=replace(bundle.ladder, rungs=(own, *rest)))
+
+
+def assembled(bundle: Bundle, goal: str, memory: int | None = None, old: Company | None = None) -> Company:
+    """The company of a bundle, as it is when it begins to serve."""
+    terms = Terms(PRESETS["balanced"], memory, 64, 100, 0.0, False, None, "a name")
+    return assemble(bundle, Goal.parse(goal), terms, threading.Lock(), 1 if old is None else 2, old)
+
+
+@pytest.mark.parametrize("memory", [None, 75 * 10**6])
+def test_it_begins_with_a_rung_that_keeps_the_goal(path: Path, memory: int | None) -> None:
+    """The original can't run here, and the fastest is not good enough."""
+    company = assembled(of_quality(path, 0.0, 0.0, 0.3), "p99 <= 10s, drop <= 5%", memory)
+    try:
+        assert [rung.state for rung in company.residents] == ["failed", "ready", "ready"]
+        assert "original's own code" in company.residents[0].why
+        assert max(s.quality for s in company.states() if s.ready) >= company.aims.quality
+        assert company.needed() == {1, 2}
+    finally:
+        company.end()
+
+
+def test_it_begins_with_the_fastest_rungs_and_the_best(path: Path, tmp_path: Path) -> None:
+    recipes = [fake_recipe(level, strengths) for strengths in ((), (1,)) for level in range(3)]
+    bundle = of_quality(write_bundle(tmp_path / "six", recipes=recipes).path, 0.0, 0.0, 0.01, 0.02, 0.1, 0.3)
+    company = assembled(bundle, "p99 <= 10s, drop <= 10%")
+    try:
+        assert [company.residents[n].state for n in (5, 3, 1)] == ["ready"] * 3
+    finally:
+        company.end()
+
+
+@pytest.mark.parametrize(("memory", "fits"), [(40 * 10**6, True), (33 * 10**6, False)])
+def test_who_takes_over_keeps_the_goal_within_the_same_cap_or_does_not(path: Path, memory: int, fits: bool) -> None:
+    """Two rungs share a library of 26 MB; the better, of 4 MB more, keeps the goal, and the fastest adds nothing."""
+    bundle, goal = of_quality(path, 0.0, 0.0, 0.3), "p99 <= 10s, drop <= 5%"
+    rungs = [replace(r, evidence=replace(r.evidence, peak_bytes=peak * 10**6 + r.artifact.bytes))
+             for r, peak in zip(bundle.ladder, (99, 30, 26), strict=True)]  # fmt: skip
+    bundle = replace(bundle, ladder=replace(bundle.ladder, rungs=tuple(rungs)))
+    old = new = assembled(bundle, goal, memory)
+    if fits:
+        new = assembled(bundle, goal, memory, old)
+        old.end()
+        new.residents.fill()
+    else:
+        with pytest.raises(UsageError, match="leaves too little of it"):
+            assembled(bundle, goal, memory, old)
+    assert [rung.state for rung in new.residents] == ["failed", "ready", "ready"]
+    assert new.serves()
+    new.end()
+
+
+def test_a_goal_that_no_rung_keeps_is_served_as_far_as_that_goes(path: Path) -> None:
+    company = assembled(of_quality(path, 0.0, 0.1, 0.3), "p99 <= 10s, drop <= 1%")
+    assert [rung.state for rung in company.residents] == ["failed", "ready", "ready"]
+    assert not company.serves()
+    assert company.needed() == {2}
+    company.end()
+
+
+def test_a_quality_that_can_not_be_had_is_a_mistake(path: Path) -> None:
+    company = assembled(of_quality(path, 0.0, 0.02, 0.1), "p99 <= 10s")
+
+    def ask(rung: int) -> Ticket:
+        return reception.of_bound(company, [ROW], 1.0, min_quality=company.residents.promise(rung))
+
+    assert ask(1).floor == company.residents.promise(1)
+    with pytest.raises(DataError, match=f"promises better than {company.residents.promise(1):.4g}; ask for less"):
+        ask(0)  # it can't run here
+    company.residents.turn_away(1, "quarantined", "it disagrees")
+    with pytest.raises(DataError, match=f"promises better than {company.residents.promise(2):.4g}; ask for less"):
+        ask(1)
+    company.residents.turn_away(2, "failed", "it does not answer")
+    assert ask(2).rows == 1  # that nothing answers at all is told by the conductor
+    company.end()
+
+
+def test_a_quality_that_the_goal_rules_out_is_a_mistake(path: Path) -> None:
+    company = assembled(of_quality(path, 0.0, 0.02, 0.1), "speedup >= 4")
+    with pytest.raises(DataError, match="that the goal allows"):
+        reception.of_bound(company, [ROW], 1.0, min_quality=company.residents.promise(1))
+    company.end()
+
+
 def test_a_server_asks_from_its_event_loop(path: Path) -> None:
     async def many() -> list[Any]:
         soon = asyncio.get_running_loop().call_soon
@@ -188,6 +332,12 @@ def test_a_forked_child_answers_by_itself(model: GovernedModel) -> None:
         assert stream.read() == b"good"
     os.waitpid(child, 0)
     assert model(ROW).shape == (1, 3)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("asks", [[], ["asks"]])
+def test_a_forked_child_that_ends_as_programs_do_ends_nothing_of_its_parents(path: Path, asks: list[str]) -> None:
+    assert forked(path, *asks) == "0 True"
 
 
 @pytest.mark.parametrize(

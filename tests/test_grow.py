@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rms_normed import Llama
 from torch import nn
 
 from accelerando.adoption import adopt
@@ -91,6 +92,15 @@ def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Dropout(0.1), nn.Linear(20, 10), nn.ReLU(), nn.Linear(10, 3))
 
 
+def autoencoder() -> nn.Module:
+    """Transposed convolutions that read hidden units and that give them."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(1, 6, 3, 2, 1), nn.BatchNorm2d(6), nn.ReLU(), nn.ConvTranspose2d(6, 4, 2, 2), nn.ReLU(),
+        nn.Conv2d(4, 5, 3), nn.ReLU(), nn.ConvTranspose2d(5, 1, 3), nn.Sigmoid(),
+    )  # fmt: skip
+
+
 def take_in(module: nn.Module, data: Any) -> tuple[Model, Samples]:
     workload = adopt(module.eval(), data, metric="cosine")
     return workload.model, workload.calibrate
@@ -101,6 +111,7 @@ SUBJECTS = {
     "encoder": lambda: take_in(Encoder(), floats(48, 5, 16)),
     "mobile": lambda: take_in(Mobile(), floats(48, 3, 6, 6)),
     "mlp": lambda: take_in(mlp(), floats(48, 6)),
+    "autoencoder": lambda: take_in(autoencoder(), floats(48, 1, 8, 8)),
     "network": lambda: take_in(contract.network(), floats(48, 1, 8, 8)),
 }
 
@@ -190,6 +201,27 @@ def test_depth_is_spread_over_the_chain_and_adds_nothing_yet() -> None:
     assert all(bool((blocks[i].bn2.weight == 0).all()) for i in (1, 3, 5))
     assert all(torch.equal(blocks[2 * i].conv1.weight, blocks[2 * i + 1].conv1.weight) for i in range(3))
     assert "3 of 3 blocks" in made.log[-1]
+
+
+def test_an_identity_layer_fits_what_it_is_given() -> None:
+    """Channels may be moved between a convolution and the ReLU after it, and convolutions be transposed."""
+    moved = nn.Sequential(
+        nn.Conv2d(1, 8, 3, padding=1), nn.PixelShuffle(2), nn.ReLU(), nn.ConvTranspose2d(2, 5, 2, 2), nn.ReLU(),
+        nn.Conv2d(5, 2, 3),
+    )  # fmt: skip
+    model, data = take_in(moved, floats(48, 1, 4, 4))
+    made = Grow(depth=1.5).apply(model, data, Path())
+    ensure_same_function(model, made, data)
+    assert [type(m).__name__ for m in made.content[4:7]] == ["ReLU", "Conv2d", "ReLU"]
+    assert len(made.content) == 8
+
+
+def test_norms_of_ones_own_are_copied_with_their_blocks() -> None:
+    model, data = take_in(Llama(), floats(48, 6, 5))
+    made = Grow(depth=1.5).apply(model, data, Path())
+    ensure_same_function(model, made, data)
+    assert len(made.content.blocks) == 6
+    assert "2 of 4 blocks" in made.log[-1]
 
 
 def test_transformers_vit_grows_both_ways() -> None:

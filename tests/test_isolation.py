@@ -5,24 +5,28 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from forking import forked
 
-from accelerando import load
+from accelerando import GovernedModel, load
 from accelerando.backends.onnxruntime import Onnxruntime
 from accelerando.bundle import Bundle
-from accelerando.errors import BundleError
+from accelerando.errors import BundleError, ClosedError, RowsError
 from accelerando.recipe import Recipe
 from accelerando.serve.footprint import held_bytes
-from accelerando.serve.isolation import Apart, LostError, Unfinished
+from accelerando.serve.isolation import CALL_SECONDS, LEAST_SECONDS, Apart, LostError, Unfinished
+from accelerando.serve.salvage import FAILURES
 from accelerando.signature import Signature
 from accelerando.testing.bundles import SIGNATURE, write_bundle
 
@@ -117,6 +121,100 @@ def test_a_call_that_hangs_is_given_up_and_the_next_one_answered(bundle: Path) -
         runner([ROW])
 
 
+def kill(pid: int) -> None:
+    """End a process, and wait until it has ended."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def when_all_is_loaded(model: GovernedModel) -> int:
+    """Wait for that; the process where it is."""
+    while any(rung.state in ("out", "loading") for rung in model.status().rungs):
+        time.sleep(0.01)
+    assert [rung.state for rung in model.status().rungs] == ["ready"] * len(model.bundle.ladder)
+    return model._conductor.company.residents._pid()
+
+
+def test_a_hung_process_is_noticed_by_what_a_call_should_take(bundle: Path) -> None:
+    with load(bundle, goal="p99 <= 60s", isolated=True, audit=0) as model:
+        os.kill(when_all_is_loaded(model), signal.SIGSTOP)
+        answer, why = model.explain(ROW)
+        np.testing.assert_allclose(answer, [[18, 22, 26]])
+        hung = re.search("no answer came within (.*) s; the process was killed", why.reason)
+        assert hung is not None
+        assert LEAST_SECONDS <= float(hung[1]) < CALL_SECONDS
+
+
+def test_the_first_call_of_a_size_may_take_longer(bundle: Path, apart: Apart, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a session may have to be built for it."""
+    monkeypatch.setattr("accelerando.serve.isolation.LEAST_SECONDS", 0.1)
+    runner = apart.start(Bundle.open(bundle, hashes=False).ladder[0])
+    for rows in (ROW, ROW.repeat(5, axis=0)):
+        os.kill(apart.pid(), signal.SIGSTOP)
+        goes_on = threading.Timer(1.0, os.kill, (apart.pid(), signal.SIGCONT))
+        goes_on.start()
+        np.testing.assert_allclose(runner.run([rows], 64, math.inf, expected=1e-6)[0], rows[:, :1] * [[18, 22, 26]])
+        goes_on.join()
+    os.kill(apart.pid(), signal.SIGSTOP)
+    with pytest.raises(LostError, match=r"no answer came within 0\.1 s"):
+        runner.run([ROW], 64, math.inf, expected=1e-6)
+
+
+def spoil(bundle: Path, *numbers: int) -> None:
+    """Turn a bit of a byte of these rungs' files; a second time, turn it back."""
+    opened = Bundle.open(bundle, hashes=False)
+    for number in numbers:
+        file = opened.folder(opened.ladder[number]) / "model.onnx"
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+
+def test_a_rung_that_can_not_be_loaded_again_is_given_up_and_costs_nothing(bundle: Path) -> None:
+    with load(bundle, goal="p99 <= 60s", isolated=True, audit=0) as model:
+        pid, number = when_all_is_loaded(model), model.explain(ROW)[1].rung
+        spoil(bundle, number)
+        kill(pid)
+        answer, why = model.explain(ROW)
+        np.testing.assert_allclose(answer, [[18, 22, 26]])
+        assert why.rung != number
+        assert model.status().rungs[number].state == "failed"
+        assert "could not be loaded again: [hash]" in model.status().rungs[number].why
+        assert model.ready
+
+
+def test_where_no_rung_can_be_loaded_again_it_is_not_ready_until_its_bundle_is_mended(bundle: Path) -> None:
+    with load(bundle, goal="p99 <= 60s", isolated=True, audit=0) as model:
+        kill(when_all_is_loaded(model))
+        spoil(bundle, 0, 1)
+        for _ in range(2):
+            with pytest.raises(
+                ClosedError, match=r"rung 0 is failed: .*\[hash\].*load it again, once its bundle is whole"
+            ):
+                model(ROW)
+            assert not model.ready
+        with pytest.raises(ClosedError):
+            model.submit([ROW])
+        spoil(bundle, 0, 1)
+        model.update(bundle)
+        np.testing.assert_allclose(model(ROW), [[18, 22, 26]])
+        assert model.ready
+
+
+def test_where_the_process_comes_up_no_more_it_is_not_ready(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with load(bundle, goal="p99 <= 60s", isolated=True, audit=0) as model:
+        kill(when_all_is_loaded(model))
+        monkeypatch.setattr(sys, "executable", shutil.which("false"))
+        for _ in range(FAILURES - 1):
+            with pytest.raises(RowsError, match="died with status 1"):
+                model(ROW)
+        assert model.ready
+        for _ in range(2):
+            with pytest.raises(ClosedError, match=f"failed {FAILURES} times in a row: .* died with status 1"):
+                model(ROW)
+        assert not model.ready
+
+
 def test_who_has_no_patience_leaves_the_waiting_to_another(bundle: Path, apart: Apart) -> None:
     runner = apart.start(Bundle.open(bundle, hashes=False).ladder[0])
     np.testing.assert_allclose(runner.run([ROW], 64, patience=30), [[[18, 22, 26]]])
@@ -188,6 +286,12 @@ def test_a_rung_that_is_unloaded_gives_its_memory_back(tmp_path: Path) -> None:
         np.testing.assert_array_equal(runner([ROW])[0].shape, (1, 3))
     finally:
         process.close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("asks", [[], ["asks"]])
+def test_a_forked_child_ends_nothing_of_its_parents(bundle: Path, asks: list[str]) -> None:
+    assert forked(bundle, "isolated", *asks) == "0 True"
 
 
 def test_it_is_up_before_its_memory_is_read(apart: Apart) -> None:

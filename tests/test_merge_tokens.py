@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from rms_normed import Llama
 from torch import nn
 
 from accelerando.adoption import adopt
@@ -179,6 +180,13 @@ def test_tokens_that_say_the_same_are_merged_without_loss() -> None:
     made = MergeTokens(9 / 24).apply(model, data, Path())
     leaves = [floats(4, 3, 6, seed=9)[:, groups]]
     np.testing.assert_allclose(answers(made, leaves)[0], answers(model, leaves)[0], atol=1e-5)
+
+
+def test_norms_of_ones_own_keep_their_blocks_tokens() -> None:
+    model, data = take_in(Llama(), floats(48, TOKENS, 5))
+    made = MergeTokens(0.5).apply(model, data, Path())
+    assert "its 4 blocks work on 12, 6, 4, 2 tokens" in made.log[-1]
+    assert tokens_seen(made, "Attention") == [12, 6, 4, 2]
 
 
 def test_what_is_read_by_its_place_stays() -> None:

@@ -324,6 +324,37 @@ def test_a_way_that_depends_on_values_is_refused_by_name() -> None:
     assert "DataDependent" in caught.value.detail
 
 
+class Gated(nn.Module):
+    """(n, 16, 8) -> (n, 3): gated linear units, which halve their channels unseen; `beside` stands a plain pair."""
+
+    def __init__(self, beside: nn.Module) -> None:
+        super().__init__()
+        self.beside, self.one, self.two = beside, nn.Conv1d(16, 64, 3), nn.Conv1d(32, 64, 3)
+        self.head = nn.Linear(32, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.glu(self.one(self.beside(x)), 1)
+        return self.head(F.glu(self.two(x), 1).mean(-1))
+
+
+def test_a_group_that_is_not_as_the_graph_says_is_left_whole_by_name() -> None:
+    pair = nn.Sequential(nn.Conv1d(16, 48, 1), nn.ReLU(), nn.Conv1d(48, 16, 1))
+    model, data = take_in(Gated(pair), floats(64, 16, 8))
+    made = prune(model, data, importance="magnitude")
+    ensure_good(model, made)
+    assert "in beside.0" in made.log[-2]
+    assert made.log[-1].endswith(": one, two")
+    assert made.content.one.out_channels == made.content.two.out_channels == 64
+    assert made.content.beside[0].out_channels < 48
+
+
+def test_where_no_group_is_as_the_graph_says_all_are_named() -> None:
+    model, data = take_in(Gated(nn.Identity()), floats(64, 16, 8))
+    with pytest.raises(RefusalError, match="none proved to be right: one, two") as caught:
+        prune(model, data)
+    assert caught.value.reason is Reason.UNSUPPORTED
+
+
 def test_a_model_without_layers_is_refused_when_planning() -> None:
     model, _ = take_in(nn.Sequential(nn.Flatten(), nn.Softmax(1)), floats(32, 2, 3))
     refusal = PruneChannels().refuse(model, capable())

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -37,7 +38,7 @@ from accelerando.plugins import stored_recipe
 from accelerando.recipe import Recipe, Technique
 from accelerando.report import advice, frame, lessons, page, text, words
 from accelerando.report.fronts import chapters_of, front_of
-from accelerando.report.healing import by_step
+from accelerando.report.healing import SPLIT, by_step
 from accelerando.report.story import Story
 from accelerando.report.way import parts
 from accelerando.techniques.distil import Distil
@@ -49,7 +50,6 @@ from accelerando.techniques.sparsify import Sparsify
 
 PARTS = [Recipe((*HEALED.steps, EarlyExit(0.7, part)), HEALED.backend) for part in ("front", "rest")]
 EXIT = Recipe((), Cascade.of(*PARTS, "margin", 0.91))
-NO_DATA = "there is no training data: pass train=, rows like those of data="
 fronts = st.lists(
     st.one_of(
         st.builds(DropLayers, share=st.sampled_from([0.25, 0.5])),
@@ -144,6 +144,27 @@ def test_without_the_shapes_own_trial_the_lessons_first_look_tells_how_far_it_fe
     kept = tuple(t for t in healed_trials() if t.recipe.steps[:-2] != HALF)
     healing = next(h for h in Story(healed_bundle(kept=kept)).healings if h.label == "4")
     assert ("fell", "from 90.0 % to 31.2 %") in healing.told()
+
+
+def test_quality_that_rose_is_not_said_to_have_fallen() -> None:
+    lucky = a_trial(Recipe((*HALF, *TAIL), RealOnnxruntime()), 9.0, -0.05)
+    kept = tuple(lucky if t.recipe == lucky.recipe else t for t in healed_trials())
+    told = next(h for h in Story(healed_bundle(kept=kept)).healings if h.label == "4").told()
+    assert ("rose", "from 90.0 % to 95.0 %, at 9.03x") in told
+
+
+def test_the_story_is_of_one_split_and_says_of_which() -> None:
+    """What was certified is of other samples, on which the original answered otherwise."""
+    bundle = healed_bundle()
+    rungs = tuple(
+        replace(rung, evidence=replace(rung.evidence, original_scores=np.zeros_like(rung.evidence.original_scores)))
+        for rung in bundle.ladder.rungs
+    )
+    story = Story(replace(bundle, ladder=replace(bundle.ladder, rungs=rungs)))
+    assert ("fell", "from 90.0 % to 30.0 %, at 9.03x") in next(h for h in story.healings if h.label == "4").told()
+    assert lessons.curves(story, list(story.healings))["data"][0]["y"] == [pytest.approx(90.0)] * 2
+    assert SPLIT in page.render(story.bundle)
+    assert "select split" in text.render(story.bundle, 200)
 
 
 def test_what_no_step_said_is_told_by_its_name() -> None:
@@ -280,8 +301,8 @@ def test_rows_say_what_stands_before_and_behind_and_how_long_was_taught() -> Non
 # --- advice -----------------------------------------------------------------------------------------------------
 
 
-def untaught(goal: str, detail: str = NO_DATA, **changed: Any) -> tuple[str, ...]:
-    refusal = turn_away(Recipe((Distil(), *TAIL), RealOnnxruntime()), Reason.UNSUPPORTED, detail)
+def untaught(goal: str, reason: Reason = Reason.NO_TRAINING_DATA, **changed: Any) -> tuple[str, ...]:
+    refusal = turn_away(Recipe((Distil(), *TAIL), RealOnnxruntime()), reason, "something")
     made = a_bundle(goal, kept=(*a_search(n=4000), refusal))
     return advice.helps(Story(replace(made, workload={**made.workload, **changed})))
 
@@ -298,7 +319,7 @@ def test_what_training_data_would_make_possible_is_said_with_the_bound() -> None
 def test_training_data_is_not_asked_for_in_vain() -> None:
     for said in (
         untaught("speedup >= 4, drop <= 5%"),  # it is met
-        untaught("speedup >= 20, drop <= 1%", "something else"),  # it is not what is missing
+        untaught("speedup >= 20, drop <= 1%", Reason.UNSUPPORTED),  # it is not what is missing
         untaught("speedup >= 20, drop <= 1%", form="onnx"),  # nothing can be cut
     ):
         assert not any(line.startswith("train=") for line in said)

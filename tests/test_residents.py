@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import threading
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from accelerando.ladder import Rung
 from accelerando.recipe import Runner
 from accelerando.serve import costs
 from accelerando.serve.costs import Cost
+from accelerando.serve.footprint import held_bytes
 from accelerando.serve.residents import VOTE_SECONDS, VOTES, Residents
 from accelerando.testing.bundles import write_bundle
 
@@ -174,6 +178,161 @@ def test_a_rung_that_is_missed_for_long_makes_room_for_itself(tmp_path: Path, sc
         time.sleep(0.01)
     assert states(residents) == ["ready", "out", "ready"]  # the fastest is pinned
     assert scripts[1].closed == 1
+    residents.close()
+
+
+class Memory:
+    """What the rungs of some bundles hold, by their certificates, and the most that it ever was."""
+
+    def __init__(self) -> None:
+        self.held = self.most = 25 * MB  # the library
+
+    def take(self, size: int) -> None:
+        self.held += size
+        self.most = max(self.most, self.held)
+
+    def of(self, bundle: Bundle, cap: int, elder: Residents | None = None, pid: int = 0) -> Residents:
+        """The rungs of a bundle under a cap, of which nothing is loaded yet."""
+        memory = self
+
+        def start(rung: Rung) -> Runner:
+            size = rung.evidence.peak_bytes - 25 * MB
+
+            class Counted(ScriptedRunner):
+                def close(self) -> None:
+                    memory.take(-size)
+
+            memory.take(size)
+            return Counted(Script())
+
+        return Residents(bundle, start, threading.Lock(), cap, pid=lambda: pid, elder=elder)
+
+
+def test_a_bundle_that_takes_over_shares_the_cap_with_the_one_before(tmp_path: Path) -> None:
+    bundle, memory, cap = capped(tmp_path, (60 * MB, 30 * MB, 26 * MB)), Memory(), 68 * MB
+    elder = memory.of(bundle, cap)
+    elder.begin((2, 0, 1), first=3)
+    assert states(elder) == ["ready"] * 3
+    heir = memory.of(bundle, cap, elder)
+    elder.give_way({1})
+    heir.begin((2, 1, 0))
+    assert states(elder) == ["out", "ready", "ready"]  # no more than was needed has left, and neither the pinned one
+    assert states(heir) == ["out", "ready", "ready"]
+    assert not elder.load(0)
+    elder.close()
+    heir.fill()
+    for _ in range(3000):
+        if states(heir) == ["ready"] * 3:
+            break
+        time.sleep(0.01)
+    assert states(heir) == ["ready"] * 3
+    assert memory.most <= cap
+    heir.close()
+    assert memory.held == 25 * MB
+
+
+def test_where_both_have_no_room_the_one_that_is_served_stays(tmp_path: Path) -> None:
+    bundle, memory, cap = capped(tmp_path, (60 * MB, 30 * MB, 26 * MB)), Memory(), 67 * MB
+    elder = memory.of(bundle, cap)
+    elder.begin((2, 0, 1), first=3)
+    heir = memory.of(bundle, cap, elder)
+    elder.give_way({0})
+    with pytest.raises(UsageError, match="leaves too little of it"):
+        heir.begin((2, 0, 1), lambda: heir[0].state == "ready")
+    assert elder[0].state == elder[2].state == "ready"
+    heir.close()
+    elder.fill()
+    for _ in range(3000):
+        if states(elder) == ["ready"] * 3:
+            break
+        time.sleep(0.01)
+    assert states(elder) == ["ready"] * 3
+    assert memory.most <= cap
+    elder.close()
+
+
+def test_a_process_of_its_own_has_a_library_of_its_own(tmp_path: Path) -> None:
+    bundle, memory = capped(tmp_path, (60 * MB, 30 * MB, 26 * MB)), Memory()
+    elder = memory.of(bundle, 50 * MB)
+    elder.begin((2,))
+    elder.give_way({2})
+    beside, inside = memory.of(bundle, 50 * MB, elder, pid=1), memory.of(bundle, 50 * MB, elder)
+    with pytest.raises(UsageError, match="leaves too little of it"):
+        beside.begin((2,))
+    inside.begin((2,))
+    assert (states(beside)[2], states(inside)[2]) == ("out", "ready")
+    for residents in (elder, beside, inside):
+        residents.close()
+
+
+@pytest.mark.skipif(not held_bytes(os.getpid()), reason="this system does not tell what a process holds")
+def test_what_was_there_before_the_first_bundle_is_nobodys(tmp_path: Path, scripts: list[Script]) -> None:
+    bundle = write_bundle(tmp_path / "b")
+
+    class Heavy(ScriptedRunner):
+        def __init__(self, script: Script) -> None:
+            super().__init__(script)
+            self.weights = np.ones(50 * MB, np.uint8)
+
+        def close(self) -> None:
+            self.weights = self.weights[:1].copy()
+
+    elder = Residents(bundle, lambda rung: Heavy(scripts[0]), threading.Lock())
+    elder.begin((2,))
+    heir = Residents(bundle, lambda rung: Heavy(scripts[0]), threading.Lock(), elder=elder)
+    heir.begin((2,))
+    elder.close()
+    assert 45 * MB < heir.memory < 95 * MB
+    heir.close()
+
+
+def test_who_makes_room_is_waited_for_without_the_lock(tmp_path: Path, scripts: list[Script]) -> None:
+    bundle, cores = capped(tmp_path), threading.Lock()
+    residents = Residents(bundle, lambda rung: ScriptedRunner(scripts[0]), cores, 62 * MB)
+    residents.begin((2, 1), first=2)
+    with cores:  # a request is being computed
+        loads = threading.Thread(target=residents.load, args=(0, True))
+        loads.start()
+        for _ in range(3000):
+            if residents[1].state == "out":
+                break
+            time.sleep(0.01)
+        asks = threading.Thread(target=residents.missed, args=(1, 0.0))
+        asks.start()
+        asks.join(10)
+        stuck = asks.is_alive()
+    loads.join()
+    asks.join()
+    assert not stuck, "the lock was held while the cores were waited for"
+    assert states(residents) == ["ready", "out", "ready"]
+    residents.close()
+
+
+def test_nobody_leaves_for_a_rung_that_has_no_room_all_the_same(tmp_path: Path, scripts: list[Script]) -> None:
+    residents = loaded(capped(tmp_path), scripts, cap=40 * MB, order=(2, 1))
+    assert not residents.load(0, evict=True)
+    assert states(residents) == ["out", "ready", "ready"]
+    assert [residents.may_come(n) for n in range(3)] == [False, True, True]
+    residents.close()
+
+
+def test_a_rung_that_is_turned_away_gives_its_memory_back(tmp_path: Path, scripts: list[Script]) -> None:
+    known: list[weakref.ref[Runner]] = []
+
+    class Knotted(ScriptedRunner):
+        def __init__(self, script: Script) -> None:
+            super().__init__(script)
+            self.knot = self  # only the collector undoes it
+            known.append(weakref.ref(self))
+
+    residents = Residents(write_bundle(tmp_path / "b"), lambda rung: Knotted(scripts[0]), threading.Lock())
+    residents.begin((2, 1))
+    gc.disable()
+    try:
+        residents.turn_away(1, "failed", "it does not answer")
+    finally:
+        gc.enable()
+    assert [ref() is None for ref in known] == [False, True]
     residents.close()
 
 

@@ -137,6 +137,13 @@ def test_the_server_tells_its_extensions_and_the_name_that_it_was_given(shelf: F
     assert {"binary_tensor_data", "model_repository", "statistics", "schedule_policy"} <= set(told["extensions"])
 
 
+def test_a_model_without_a_rung_that_can_run_is_not_ready(served: FakeServed) -> None:
+    app, served.ready = Rest(FakeShelf({"simple": served})), False
+    got = call(app, "GET", "/v2/models/simple/ready")
+    assert (got.status, got.json) == (503, {"name": "simple", "ready": False, "error": "none of its rungs can run"})
+    assert call(app, "GET", "/v2/models/simple").status == 200
+
+
 def test_a_server_that_is_not_ready_says_so_and_lives(served: FakeServed) -> None:
     app = Rest(FakeShelf({"simple": served}, ready=False))
     assert call(app, "GET", "/v2/health/ready").status == 503

@@ -270,7 +270,8 @@ def test_probes(client: Client) -> None:
 
 
 def test_a_watch_sees_a_model_come_and_go() -> None:
-    shelf = FakeShelf({}, out={"double": FakeServed(DOUBLE, double)})
+    served = FakeServed(DOUBLE, double)
+    shelf = FakeShelf({}, out={"double": served})
     with serving(shelf) as client:
         watch = health_pb2_grpc.HealthStub(client.channel).Watch(
             health_pb2.HealthCheckRequest(service="double"), timeout=20
@@ -279,6 +280,9 @@ def test_a_watch_sees_a_model_come_and_go() -> None:
         assert next(watch).status == kinds.NOT_SERVING
         shelf.load("double")
         assert next(watch).status == kinds.SERVING
+        served.ready = False  # none of its rungs can run any longer
+        assert next(watch).status == kinds.NOT_SERVING
+        assert not client("ModelReady", M.ModelReadyRequest(name="double")).ready
         watch.cancel()
 
 

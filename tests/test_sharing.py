@@ -14,6 +14,7 @@ import pytest
 
 from accelerando.backends.cascade import Cascade
 from accelerando.backends.onnxruntime import Onnxruntime
+from accelerando.backends.openvino import Openvino
 from accelerando.bundle import Bundle
 from accelerando.errors import AccelerandoError
 from accelerando.recipe import Backend, Recipe, Runner
@@ -53,10 +54,13 @@ def made(folder: Path, recipes: list[Recipe], width: int = 8) -> Bundle:
 
 def sessions() -> int:
     """How many sessions of ONNX Runtime are alive in this process."""
-    import onnxruntime
+    return alive("InferenceSession")
 
+
+def alive(kind: str) -> int:
+    """How many objects of a class are alive in this process."""
     gc.collect()
-    return sum(type(x) is onnxruntime.InferenceSession for x in gc.get_objects())
+    return sum(type(x).__name__ == kind for x in gc.get_objects())
 
 
 @pytest.fixture
@@ -103,6 +107,21 @@ def test_other_settings_and_other_files_are_other_sessions(bundle: Bundle, tmp_p
     of.append(again.start(again.ladder[0], shared=True))
     assert sessions() == before + 4
     del of
+
+
+def test_openvino_compiles_once_what_has_the_same_files_and_settings(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    better, fast = Recipe((), Openvino(threads=1)), Recipe((), Openvino(threads=2))
+    bundle = made(tmp_path, [better, Recipe((), Cascade.of(fast, better, "margin", 0.9)), fast])
+    expected = [bundle.start(rung)([X])[0] for rung in bundle.ladder]
+    before = alive("CompiledModel")
+    runners = [bundle.start(rung, shared=True) for rung in bundle.ladder]
+    assert alive("CompiledModel") == before + 2
+    while runners:
+        for runner, answer in zip(runners, expected[-len(runners) :], strict=True):
+            np.testing.assert_allclose(runner([X])[0], answer, rtol=1e-5, atol=1e-6)
+        runners.pop(0).close()
+    assert alive("CompiledModel") == before
 
 
 def test_threads_that_load_and_call_at_once_share_one_session(bundle: Bundle) -> None:

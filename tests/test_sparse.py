@@ -17,12 +17,12 @@ from torch import nn
 
 from accelerando.adoption import adopt
 from accelerando.backends import onnxruntime_sparse
-from accelerando.backends._sparse_products import Compressed, make_sparse, products
+from accelerando.backends._sparse_products import Compressed, Product, make_sparse, products
 from accelerando.backends.onnxruntime_sparse import OnnxruntimeSparse
 from accelerando.errors import Reason, RefusalError
 from accelerando.signature import Port, Signature
 from accelerando.techniques.export_onnx import ExportOnnx
-from accelerando.techniques.sparsify import Sparsify
+from accelerando.techniques.sparsify import NO_KERNEL, Sparsify
 from accelerando.testing.technique_contract import answers, capable, floats
 from accelerando.workload import Form, Model, Samples
 
@@ -279,3 +279,8 @@ def test_dense_products_beside_sparse_ones_are_untouched() -> None:
     again = onnx.load_from_string(before)
     assert list(again.graph.node) == list(proto.graph.node)
     assert list(again.graph.initializer) == list(proto.graph.initializer)
+
+
+def test_the_makers_figures_are_said_to_be_of_their_own_machine() -> None:
+    for said in (onnxruntime_sparse._too_dense([Product(None, "weight", floats(600, 600), 0.5)]), NO_KERNEL):
+        assert "on a 2-core AVX-512 machine" in said

@@ -17,6 +17,7 @@ from accelerando.plugins import discover
 from accelerando.recipe import Recipe, Stage
 from accelerando.report.progress import Progress, Quiet, Watcher
 from accelerando.result import Result
+from accelerando.search.again import search_again
 from accelerando.search.budget import Budget
 from accelerando.search.cascades import Pair, next_cascade
 from accelerando.search.grounds import attempt, race
@@ -25,6 +26,8 @@ from accelerando.search.proposal import ask
 from accelerando.search.site import Site
 from accelerando.search.space import Space
 from accelerando.trial import Refused, Trial
+
+Trials = tuple[Trial, ...]
 
 
 def accelerate(
@@ -82,23 +85,29 @@ def accelerate(
     asked = _at_fixed_batch(asked, workload.fixed_batch)
     space = Space.plan(workload.teachable, machine, discover("techniques"), discover("backends"), asked.batch)
     watcher = watcher_of(progress, allowance)
-    with Site(into, workload, machine, asked, allowance, space.original, memory_limit, origin) as site, watcher:
-        if site.finished is not None:
-            return Result(site.finished)
-        for note in workload.notes:
-            watcher.note(note)
-        history = site.history()
-        try:
-            history = _explore(site, space, history, watcher)
-            watcher.phase("certifying on samples that nothing was selected on")
-            bundle = site.finish(history, watcher.trying)
-        except KeyboardInterrupt:
-            watcher.note("interrupted: the best so far is kept; call again with the same folder to go on")
-            bundle = site.save(site.history(), "interrupted")
+    again = search_again(workload, asked, allowance, Path(into), origin, memory_limit)
+    with Site(into, workload, machine, asked, allowance, space.original, memory_limit, origin, again) as site, watcher:
+        return carry_out(site, watcher, partial(_explore, space))
+
+
+def carry_out(site: Site, watcher: Watcher, try_recipes: Callable[[Site, Trials, Watcher], Trials]) -> Result:
+    """Try recipes at a site, and certify what was found; what is there already is the result, or gone on with."""
+    if site.finished is not None:
+        return Result(site.finished)
+    for note in site.workload.notes:
+        watcher.note(note)
+    history = site.history()
+    try:
+        history = try_recipes(site, history, watcher)
+        watcher.phase("certifying on samples that nothing was selected on")
+        bundle = site.finish(history, watcher.trying)
+    except KeyboardInterrupt:
+        watcher.note("interrupted: the best so far is kept; call again with the same folder to go on")
+        bundle = site.save(site.history(), "interrupted")
     return Result(bundle)
 
 
-def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watcher) -> tuple[Trial, ...]:
+def _explore(space: Space, site: Site, history: Trials, watcher: Watcher) -> Trials:
     """The only loop: ask, attempt, note."""
     for trial in space.trials_turned_away(history):
         history = site.note(history, trial)
@@ -120,7 +129,7 @@ def _explore(site: Site, space: Space, history: tuple[Trial, ...], watcher: Watc
     return history
 
 
-def _next(space: Space, site: Site, history: tuple[Trial, ...], tuned: set[Pair]) -> Proposal | None:
+def _next(space: Space, site: Site, history: Trials, tuned: set[Pair]) -> Proposal | None:
     """What to try next; when exploring is over, cascades of what was found come before the race."""
     proposal = ask(space, history, site.goal, site.budget)
     if proposal is not None and not proposal.rivals:
@@ -172,7 +181,7 @@ def need_extra() -> None:
         raise MissingExtraError(f"a search needs {', '.join(missing)}: pip install 'accelerando[optimize]'")
 
 
-def _best(history: tuple[Trial, ...], goal: Goal, original: Recipe) -> Trial | None:
+def _best(history: Trials, goal: Goal, original: Recipe) -> Trial | None:
     last = {t.recipe.key: t for t in history}
     return leader([t for t in last.values() if t.verified and t.recipe != original], goal)
 

@@ -20,17 +20,19 @@ from accelerando.bundle import Bundle
 from accelerando.errors import ModelError, UsageError
 from accelerando.machine import Machine
 from accelerando.metric import METRICS
-from accelerando.pipeline import must_run, need_extra, watcher_of
+from accelerando.pipeline import Trials, carry_out, must_run, need_extra, watcher_of
 from accelerando.plugins import discover, recipe_from_json
 from accelerando.recipe import Recipe, Stage, Technique
 from accelerando.report.progress import Watcher
 from accelerando.result import Result
+from accelerando.search.again import refresh_again
 from accelerando.search.budget import LEAST_SECONDS, Budget
 from accelerando.search.grounds import attempt
 from accelerando.search.head_start import HeadStart, front_key
 from accelerando.search.history import Proposal
-from accelerando.search.site import Site, structure_of
+from accelerando.search.site import Site
 from accelerando.search.space import original_recipe
+from accelerando.search.structure import differs, structure_of
 from accelerando.train.course import OPTIMIZERS
 from accelerando.train.schedule import gentle
 from accelerando.trial import Refused, Trial
@@ -103,21 +105,13 @@ def refresh(
     head_start = HeadStart.of(before) if workload.model.form is Form.TORCH else None
     original = original_recipe(workload.model, discover("backends"))
     watcher = watcher_of(progress, allowance)
-    with Site(into, workload, machine, before.goal, allowance, original, None, origin, head_start) as site, watcher:
-        if site.finished is not None:
-            return Result(site.finished)
-        history = site.history()
-        try:
-            history = _apply(site, [Plan((original,)), *_plans(recipes, head_start, allowance)], history, watcher)
-            watcher.phase("certifying on samples that nothing was selected on")
-            written = site.finish(history, watcher.trying)
-        except KeyboardInterrupt:
-            watcher.note("interrupted: what was done is kept; call again with the same folder to go on")
-            written = site.save(site.history(), "interrupted")
-    return Result(written)
+    again = refresh_again(Path(bundle), workload, allowance, Path(into), origin)
+    goal, plans = before.goal, [Plan((original,)), *_plans(recipes, head_start, allowance)]
+    with Site(into, workload, machine, goal, allowance, original, None, origin, again, head_start) as site, watcher:
+        return carry_out(site, watcher, partial(_apply, plans))
 
 
-def _apply(site: Site, plans: Sequence[Plan], history: tuple[Trial, ...], watcher: Watcher) -> tuple[Trial, ...]:
+def _apply(plans: Sequence[Plan], site: Site, history: Trials, watcher: Watcher) -> Trials:
     """Attempt each recipe, the best first, as long as time lasts; the original and the best in any case."""
     watcher.phase("applying the bundle's recipes to the new weights")
     known = {t.recipe.key: t for t in history}
@@ -140,7 +134,7 @@ def _apply(site: Site, plans: Sequence[Plan], history: tuple[Trial, ...], watche
     return history
 
 
-def _attempt(site: Site, recipe: Recipe, history: tuple[Trial, ...], watcher: Watcher) -> Trial:
+def _attempt(site: Site, recipe: Recipe, history: Trials, watcher: Watcher) -> Trial:
     proposal = Proposal(recipe, "a rung of the bundle that was made for the old weights")
     return attempt(proposal, site.grounds, history, max(site.budget.left, 30.0), partial(watcher.trying, recipe))
 
@@ -230,9 +224,9 @@ def _check_structure(before: Bundle, workload: Workload) -> None:
             f"optimized, and this is {workload.model.signature.inputs} -> {workload.model.signature.outputs}; "
             "run accelerate (`accelerando optimize`) for it"
         )
-    was, now = before.workload.get("structure"), structure_of(workload.model)
-    if workload.model.form is Form.TORCH and was is not None and was != now:
+    if differs(before.workload.get("structure"), structure_of(workload)):
         raise ModelError(
-            "the new model is built otherwise than the one that was optimized (other layers, or other sizes), so its "
-            "recipes may not fit; run accelerate (`accelerando optimize`) for it"
+            "the new model is built otherwise than the one that was optimized (other layers, other sizes, or other "
+            "settings such as dilation or heads), so its recipes may not fit; run accelerate (`accelerando optimize`) "
+            "for it"
         )

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from accelerando.backends._shared import load_once
 from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.recipe import Artifact, Backend, Runner
@@ -25,7 +26,8 @@ PRECISIONS = ("f32", "bf16", "f16")
 class Openvino(Backend):
     """Run an ONNX or OpenVINO file in OpenVINO's CPU plugin.
 
-    With more than one stream, a batch is split over them and they run at once.  Runners are thread-safe.
+    With more than one stream, a batch is split over them and they run at once.  Runners are thread-safe.  Where a
+    process is told that they are `shared`, what has the same files and settings is compiled once.
 
     Args:
         threads: threads of all streams together; 0 is OpenVINO's own choice, the physical cores.
@@ -108,6 +110,9 @@ class Openvino(Backend):
         return Artifact.gather(folder)
 
     def load(self, artifact: Artifact, folder: Path, signature: Signature, skeleton: Any = None) -> Runner:
+        return load_once(self, artifact, signature, lambda: self._runner(folder, signature))
+
+    def _runner(self, folder: Path, signature: Signature) -> Runner:
         streams = self._compiled(folder, 0) if self.hint == "throughput" and not self.streams else None
         parts = int(streams.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")) if streams else max(self.streams, 1)
         part = -(-self.batch // parts)  # rows of the largest part of a batch that is split

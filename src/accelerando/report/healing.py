@@ -23,6 +23,7 @@ from accelerando.trial import Evidence, Refused, Trial
 
 POINT = re.compile(r"(\d+(?:\.\d+)?):(-?\d+(?:\.\d+)?(?:e[+-]?\d+)?)(?= |$)")
 MOST_SHAPES = 10  # in a report
+SPLIT = "Qualities here are of the select split, by which lessons are stopped; certified ones are of another."
 ONLY_MEASURED = frozenset({Reason.BELOW_QUALITY, Reason.TOO_SLOW})
 
 
@@ -73,7 +74,10 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Healing:
-    """The story of one recipe that was cut or healed; `label` is its rung, `evidence` the rung's or its own."""
+    """The story of one recipe that was cut or healed; `label` is its rung, `evidence` the rung's or its own.
+
+    What it tells of quality is of the select split, also where the rung's evidence is of the certify split.
+    """
 
     label: str
     recipe: Recipe
@@ -93,9 +97,16 @@ class Healing:
             start += lesson.seconds
         return tuple(points)
 
+    @property
+    def began(self) -> float:
+        """The original's quality on the samples that the story is of; the rung's own, where no trial tells."""
+        tried = (trial for chapter in self.chapters for trial in (chapter.bare, chapter.healed))
+        known = next((trial.evidence for trial in tried if trial and trial.evidence), self.evidence)
+        return known.original_quality.mid
+
     def told(self) -> list[tuple[str, str]]:
         """The story in a few lines: what was cut, how far the quality fell, and how far it was healed."""
-        metric, quality = self.evidence.metric, self.evidence.original_quality.mid
+        metric, quality = self.evidence.metric, self.began
         lines = []
         for chapter in self.chapters:
             for cut, said in zip(chapter.cuts, chapter.said, strict=True):
@@ -104,7 +115,8 @@ class Healing:
                 speed = timed(chapter.bare) if chapter.bare else None
                 at = f", at {words.times(speed.mid)}" if speed else ""
                 fall = f"{words.quality(metric, quality)} to {words.quality(metric, chapter.fell)}"
-                lines.append(("fell", f"from {fall}{at}"))
+                went = "rose" if chapter.fell > quality else "fell" if chapter.fell < quality else "went"
+                lines.append((went, f"from {fall}{at}"))
             if chapter.lessons and chapter.rose is not None:
                 lessons = words.count(len(chapter.lessons), "lesson")
                 spent = f"by {lessons}, {words.duration(round(chapter.seconds))}"

@@ -8,13 +8,14 @@ from xml.etree.ElementTree import Element
 from accelerando.report import sections, words
 from accelerando.report.elements import Child, el, fine, table
 from accelerando.report.fronts import tail_of
-from accelerando.report.healing import MOST_SHAPES, Chapter, Healing, timed
+from accelerando.report.healing import MOST_SHAPES, SPLIT, Chapter, Healing, timed
 from accelerando.report.plots import MOST_CURVES, Figure, said
 from accelerando.report.story import Story
 
 LEAD = (
     "A cut makes a model faster and worse; lessons by the original bring back what it knew. The curves are of rows "
-    "that the lessons watched, before rounding to fewer bits; the table's figures are measured as everything is."
+    "that the lessons watched, before rounding to fewer bits; the table's figures are measured as everything is. "
+    + SPLIT
 )
 
 
@@ -32,7 +33,7 @@ def healed(story: Story) -> Element | None:
 
 
 def _told(story: Story, healing: Healing) -> list[Element]:
-    metric, before = healing.evidence.metric, healing.evidence.original_quality.mid
+    metric, before = healing.evidence.metric, healing.began
     rows: list[list[Child]] = []
     for chapter in healing.chapters:
         if chapter.cuts:
@@ -76,7 +77,7 @@ def curves(story: Story, learned: list[Healing]) -> Figure:
     if best is not None and best not in shown:
         shown = [best, *shown[1:]]
     end = max(seconds for healing in shown for seconds, _ in healing.curve)
-    original = scale * story.best.evidence.original_quality.mid
+    original = scale * (best or shown[0]).began
     data: list[dict[str, Any]] = [{
         "type": "scatter", "mode": "lines", "name": "the original", "hoverinfo": "skip", "x": [0, end],
         "y": [original, original], "line": {"color": "var(--text)", "width": 1.5, "dash": "dash"},

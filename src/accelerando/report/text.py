@@ -14,7 +14,7 @@ from rich.text import Text
 from accelerando.bundle import Bundle
 from accelerando.goal import Outcome
 from accelerando.report import advice, words
-from accelerando.report.healing import MOST_SHAPES
+from accelerando.report.healing import MOST_SHAPES, SPLIT
 from accelerando.report.plain_text import LINES, WIDTH, plain
 from accelerando.report.story import Story
 from accelerando.trial import Refused
@@ -163,7 +163,7 @@ def _healings(story: Story) -> Group:
         for what, line in healing.told():
             lines.add_row(what, Text(words.shorten(line, MOST_CUT)))
         grid.add_row(f"{healing.label}{best}", Group(Text(story.name(healing.recipe), style="bold"), lines))
-    return Group(grid)
+    return Group(grid, Text(SPLIT, style="dim"))
 
 
 def _shapes(story: Story) -> RenderableType:

@@ -29,16 +29,17 @@ from accelerando.machine import Machine, installed_version
 from accelerando.measure.arm import PROBE_ROWS, Subject, save_samples
 from accelerando.measure.bench import Bench
 from accelerando.parity import Parity
-from accelerando.recipe import Artifact, Recipe, key_of
+from accelerando.recipe import Artifact, Recipe
 from accelerando.search.budget import Budget
 from accelerando.search.certificate import certify, uncertified
 from accelerando.search.grounds import Grounds, check_files
 from accelerando.search.head_start import HeadStart, students_of
 from accelerando.search.log import Journal
 from accelerando.search.stored import rows_to_ask
+from accelerando.search.structure import structure_of
 from accelerando.search.workshop import Workshop
 from accelerando.trial import Refused, Trial
-from accelerando.workload import Form, Model, Workload
+from accelerando.workload import Form, Workload
 
 MEMORY_SHARE = 0.8
 # Reasons that more room, time, packages or a repaired disk take away between one call and the next.
@@ -50,6 +51,10 @@ ROOM_FACTOR = 12  # how many times the model's own size the candidates may need 
 
 class Site:
     """Where one search works; a context that cleans up after itself.
+
+    Args:
+        origin: how to get the original again.
+        again: the command or call that does the same again, for the reports.
 
     Raises:
         UsageError: the folder is in use, holds something else, or the disk has no room.
@@ -66,11 +71,13 @@ class Site:
         original: Recipe,
         memory_limit: int | None = None,
         origin: str | None = None,
+        again: str | None = None,
         head_start: HeadStart | None = None,
     ) -> None:
         self.into = Path(into)
         self.workload, self.machine, self.goal, self.budget = workload, machine, goal, budget
-        self.original, self.origin, self.head_start = original, origin, head_start
+        self.original, self.origin, self.again, self.head_start = original, origin, again, head_start
+        self._structure = structure_of(workload)
         self._before = _bundle_in(self.into, workload)
         self._check_room()
         self.work = self.into / "work"
@@ -230,7 +237,7 @@ class Site:
                 "finished": why == "nothing left worth its time",
                 "why_stopped": why,
                 "accelerando": installed_version("accelerando") or "unknown",
-                "command": self._command(),
+                "command": self.again,
             },
             profile=profile,
             parity=parity,
@@ -260,19 +267,8 @@ class Site:
             "certify": len(load.certify),
             "notes": list(load.notes),
             "origin": self.origin,
-            "structure": structure_of(load.model),
+            "structure": self._structure,
         }
-
-    def _command(self) -> str:
-        """How to do it again; `...` stands for what only the user has."""
-        goal, budget = str(self.goal), f"{self.budget.seconds:.0f}s"
-        metric = self.workload.metric.name
-        if self.origin:
-            what = f'accelerando optimize {self.origin} --data ... --metric {metric} --goal "{goal}"'
-            return f"{what} --budget {budget} --into {self.into} --resume"
-        call = f'accelerate(model, data, goal="{goal}", metric="{metric}", budget="{budget}"'
-        train = ", train=..." if self.workload.train is not None else ""
-        return f'accelerando.{call}{train}, into="{self.into}")'
 
     def _check_room(self) -> None:
         parent = next(p for p in (self.into, *self.into.resolve().parents) if p.exists())
@@ -291,15 +287,6 @@ class Site:
         if self.workload.model.form is Form.TORCH:
             return sum(t.numel() * t.element_size() for t in content.state_dict().values())
         return Path(content).stat().st_size
-
-
-def structure_of(model: Model) -> str | None:
-    """A hash of how a torch module is built, whatever its weights: classes by name, tensors by shape and type."""
-    if model.form is not Form.TORCH:
-        return None
-    modules = {name: type(m).__name__ for name, m in model.content.named_modules()}
-    tensors = {k: [str(t.dtype), *t.shape] for k, t in model.content.state_dict().items() if hasattr(t, "dtype")}
-    return key_of({"modules": modules, "tensors": tensors})
 
 
 def _bundle_in(into: Path, workload: Workload) -> Bundle | None:

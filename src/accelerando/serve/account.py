@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from accelerando.serve.aims import orientation
+from accelerando.serve.company import Company
 from accelerando.serve.conductor import Conductor
 from accelerando.serve.status import RungStatus, Status
 
@@ -20,7 +21,7 @@ def status_of(name: str, conductor: Conductor) -> Status:
         version=company.version,
         goal=str(company.aims.goal),
         metric=bundle.ladder.original.evidence.metric,
-        rungs=tuple(_rung(conductor, number) for number in range(len(bundle.ladder))),
+        rungs=tuple(_rung(company, number) for number in range(len(bundle.ladder))),
         standing=conductor.standing,
         stands=tuple(conductor.stands),
         queue_rows=conductor.waiting_rows,
@@ -48,12 +49,11 @@ def status_of(name: str, conductor: Conductor) -> Status:
     )
 
 
-def _rung(conductor: Conductor, number: int) -> RungStatus:
-    company = conductor.company
+def _rung(company: Company, number: int) -> RungStatus:
     residents, resident = company.residents, company.residents[number]
     state = next((s for s in residents.states if s.number == number), None)
     return RungStatus(
         number, resident.text, resident.state, resident.why, resident.rung.quality, resident.rung.drop,
         resident.rung.speedup, state.seconds(1) if state else 0.0, residents.bytes_of(number),
-        conductor.tally.rows_of[number], company.watch.agreement(number) if company.watch else None,
+        resident.answered, company.watch.agreement(number) if company.watch else None,
     )  # fmt: skip

@@ -6,8 +6,11 @@ import logging
 import math
 import os
 import threading
+import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerando.bundle import Bundle
@@ -49,6 +52,21 @@ class Company:
         """The rung whose answers the others' are held against."""
         return max((s for s in self.residents.states if s.ready), key=lambda s: s.quality, default=None)
 
+    def serves(self) -> bool:
+        """Whether a rung is ready that promises what the goal asks of the mean quality."""
+        return any(s.ready and s.quality >= self.aims.quality for s in self.states())
+
+    def needed(self) -> frozenset[int]:
+        """Rungs without which it would serve no more: the fastest, and the fastest that promises what the goal asks."""
+        ready = [s for s in self.states() if s.ready]
+        serving = [s for s in ready if s.quality >= self.aims.quality]
+        return frozenset(s.number for s in (*ready[-1:], *serving[-1:]))
+
+    def attainable(self) -> float:
+        """The best quality that is promised by a rung which may be stood on, now or later; oriented."""
+        there = {r.number for r in self.residents if self.residents.may_come(r.number)}
+        return max(map(self.residents.promise, there & self.aims.rungs or there), default=-math.inf)
+
     def may_audit(self) -> bool:
         """Whether there is an answer to look at, and looking takes no longer than a request may wait."""
         if self.watch is None or not self.watch.pending:
@@ -62,24 +80,26 @@ class Company:
         if self.watch is not None and best is not None:
             self.watch.refer_to(best.number)
 
-    def run(self, number: int, leaves: Sequence[Array], patience: float = math.inf) -> list[Array]:
+    def run(self, number: int, leaves: Sequence[Array], patience: float = math.inf, whole: bool = False) -> list[Array]:
         """The answers of a rung, no more rows at a time than it takes; the caller holds the cores.
 
         Args:
             patience: seconds that the caller can wait where another process computes.
+            whole: take all rows at a time.
 
         Raises:
             GoneError: the rung is not in memory (any longer).
             Unfinished: it takes longer.
         """
-        runner, most = self._runner(number), self.residents.most_rows
-        return runner.run(leaves, most, patience) if isinstance(runner, Remote) else run_within(runner, leaves, most)
-
-    def _runner(self, number: int) -> Runner:
-        runner = self.residents[number].runner
+        resident, rows = self.residents[number], len(leaves[0])
+        runner, cost = resident.runner, resident.cost
         if runner is None:
             raise GoneError(f"rung {number} has just left the memory")
-        return runner
+        resident.used = time.monotonic()
+        most = rows if whole else self.residents.most_rows
+        if not isinstance(runner, Remote):
+            return run_within(runner, leaves, most)
+        return runner.run(leaves, most, patience, cost.seconds(min(rows, most)) if cost else None)
 
     def audit(self, cores: threading.Lock) -> None:
         """Look at one answer that was kept, and at the inputs; a rung that agrees too seldom is quarantined."""
@@ -93,7 +113,7 @@ class Company:
 
         def run_whole(number: int, leaves: Sequence[Array]) -> list[Array]:
             with cores:
-                return self._runner(number)(leaves)
+                return self.run(number, leaves, whole=True)
 
         try:
             if self.drift is not None:
@@ -107,7 +127,8 @@ class Company:
             self.residents.turn_away(found.rung, "quarantined", found.why)
 
     def note(self, ticket: Ticket, leaves: list[Array], number: int) -> None:
-        """Keep what is to be looked at later; what goes wrong there is no caller's concern."""
+        """Count what was answered, and keep what is to be looked at later; what goes wrong there concerns no caller."""
+        self.residents[number].answered += ticket.rows
         try:
             if self.watch is not None and self.watch.wants(number):
                 self.watch.add(ticket.leaves, leaves, number)
@@ -141,46 +162,68 @@ class Terms:
     name: str
 
 
-def assemble(bundle: Bundle, goal: Goal, terms: Terms, cores: threading.Lock, version: int) -> Company:
-    """The company of a bundle; its most urgent rungs are loaded when this returns, the others come by themselves.
+def assemble(
+    bundle: Bundle, goal: Goal, terms: Terms, cores: threading.Lock, version: int, old: Company | None = None
+) -> Company:
+    """The company of a bundle; when this returns, it serves the goal, and the other rungs come by themselves.
 
     Args:
         cores: held while anything computes.
         version: of the bundle, counted from 1.
+        old: from which it takes over, and which serves meanwhile, under the same cap; the other rungs come when that
+            has ended, and `residents.fill` is called.
 
     Raises:
         BundleError: none of its rungs can run here.
-        UsageError: the fastest rung alone takes more memory than it may.
+        UsageError: the fastest rung alone takes more memory than it may, or the old company leaves too little.
     """
-    apart = Apart(bundle.path, gently=version > 1) if terms.isolated else None
-
-    def start(rung: Rung) -> Runner:
-        if apart is not None:
-            return apart.start(rung)
-        return bundle.start(rung, terms.model, spinning=False, shared=True)
-
-    def end() -> None:
-        if apart is not None:
-            with cores:
-                pass  # what it computes is answered first
-            apart.close()  # with all that it holds
-        residents.close()
-
-    pid = apart.pid if apart is not None else os.getpid
-    residents = Residents(bundle, start, cores, terms.memory, terms.most_rows, pid)
-    aims = Aims.of(goal, bundle.ladder)
-    try:
-        residents.begin(_order(residents, aims))
-    except BaseException:
-        end()
-        raise
-    return Company(residents, aims, *_watch(bundle, terms.audit), version, end)
+    with ExitStack() as undo:
+        if old is not None:
+            undo.callback(old.residents.fill)
+            old.residents.give_way(old.needed())
+        apart = undo.enter_context(closing(Apart(bundle.path, gently=old is not None))) if terms.isolated else None
+        residents = Residents(
+            bundle, partial(_start, bundle, terms.model, apart), cores, terms.memory, terms.most_rows,
+            apart.pid if apart is not None else os.getpid, old.residents if old is not None else None,
+        )  # fmt: skip
+        end = partial(_end, residents, apart, cores)
+        undo.callback(end)
+        aims = Aims.of(goal, bundle.ladder)
+        company = Company(residents, aims, *_watch(bundle, terms.audit), version, end)
+        if terms.model is None:
+            for number in (n for n, rung in enumerate(bundle.ladder) if not rung.recipe.backend.portable):
+                residents.turn_away(number, "failed", "it runs the original's own code, which is not in the bundle")
+        order, urgent = _order(residents, aims)
+        residents.begin(order, company.serves, urgent)
+        undo.pop_all()
+    return company
 
 
-def _order(residents: Residents, aims: Aims) -> list[int]:
-    """The fastest, for bursts; then the best of those that the goal allows; the others by quality."""
-    rest = sorted(range(len(residents.bundle.ladder) - 1), key=lambda n: (n not in aims.rungs, n))
-    return [len(residents.bundle.ladder) - 1, *rest]
+def _start(bundle: Bundle, model: Any, apart: Apart | None, rung: Rung) -> Runner:
+    """Load a rung, in its own process where there is one."""
+    return apart.start(rung) if apart is not None else bundle.start(rung, model, spinning=False, shared=True)
+
+
+def _end(residents: Residents, apart: Apart | None, cores: threading.Lock) -> None:
+    """Give back all that a company holds, once what is computed is answered."""
+    if apart is not None:
+        with cores:
+            pass
+        apart.close()  # with all that it holds
+    residents.close()
+
+
+def _order(residents: Residents, aims: Aims) -> tuple[list[int], int]:
+    """The rungs that can run here, the most urgent first, and how many of them all that is asked may need at once.
+
+    These are the fastest, for bursts; the fastest that keeps the goal's quality, for those that the bank does not bear;
+    and the best that the goal allows.  The others follow by quality.
+    """
+    there = [r.number for r in residents if r.state != "failed"]
+    ranked = sorted(there, key=lambda n: (n not in aims.rungs, n))
+    keeping = [n for n in there if n in aims.rungs and residents.promise(n) >= aims.quality]
+    urgent = dict.fromkeys((*there[-1:], *keeping[-1:], *ranked[:1]))
+    return list(dict.fromkeys((*urgent, *ranked))), len(urgent)
 
 
 def _watch(bundle: Bundle, share: float) -> tuple[Watch | None, Drift | None]:

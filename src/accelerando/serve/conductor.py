@@ -27,7 +27,7 @@ from accelerando.serve.company import Company
 from accelerando.serve.footing import Footing
 from accelerando.serve.governor import GLANCE, Decides
 from accelerando.serve.isolation import Unfinished
-from accelerando.serve.salvage import Salvage, of_rows
+from accelerando.serve.salvage import Salvage, none_left, of_rows
 from accelerando.serve.status import Stand
 from accelerando.serve.tally import Tally
 from accelerando.serve.tickets import Answer, Explanation, Ticket
@@ -102,7 +102,7 @@ class Conductor:
 
         Raises:
             OverloadedError: no rung could answer it in time, or the queue is full.
-            ClosedError: the conductor has been closed.
+            ClosedError: the conductor has been closed, or no rung can answer any longer.
         """
         if (batch := self._taken(ticket, at_once)) is not None:
             left = None
@@ -162,6 +162,9 @@ class Conductor:
         """Count it as an arrival, and refuse it at once where it is lost already."""
         if self._closing:
             raise ClosedError("the model was closed; load it again")
+        if not self.company.residents.ready:
+            self.tally.turned_away("refused", ticket.rows)
+            raise none_left(self.company)
         busy = max(self._busy_until - ticket.arrived, 0.0) if self._busy else 0.0
         self._footing.rate.observe(ticket.arrived, ticket.rows, waits=self._busy or len(self._queue) > 0)
         self._room.admit(ticket, partial(self._footing.soonest, busy=busy))
@@ -255,21 +258,14 @@ class Conductor:
         head = self._queue.head()
         if head is None:
             return None, lost
-        try:
-            decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
-        except Exception as error:  # a governor of somebody's own fails: that costs its request, not the executor
-            log.exception("the governor failed")
-            self._queue.remove(head)
-            words = f"the governor failed on it: {type(error).__name__}: {error}"
-            return None, [*lost, (head, "refused", OverloadedError(words))]
+        decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
         if decision.rung is None:
             self._queue.remove(head)
             return None, [*lost, (head, "refused", OverloadedError(f"it was refused: {decision.why}"))]
         rows = max(decision.rows, head.rows)
         if not (self._is_brief(decision.rung, head.rows, at_once) and self._is_brief(decision.rung, rows, most)):
             return None, lost
-        state = next(s for s in self._footing.states() if s.number == decision.rung)
-        tickets = self._queue.take(decision.rows, state.quality)
+        tickets = self._queue.take(decision.rows, self.company.residents.promise(decision.rung))
         return Batch(tickets, self.company, decision.rung, decision.why), lost
 
     def _is_brief(self, rung: int, rows: int, seconds: float) -> bool:
@@ -361,7 +357,7 @@ class Conductor:
             self._footing.answered(quality, company.aims.quality, rows)
             for ticket in batch.tickets:
                 queued, late = start - ticket.arrived, end > ticket.deadline
-                self.tally.answered(number, quality, ticket.rows, queued, end - start, late)
+                self.tally.answered(quality, ticket.rows, queued, end - start, late)
         for ticket, leaves in zip(batch.tickets, answers, strict=True):
             why = Explanation(
                 number, resident.text, resident.rung.quality, start - ticket.arrived, end - start, rows, batch.why,

@@ -5,12 +5,14 @@ Not thread-safe: the conductor holds its lock whenever it asks.
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from accelerando.errors import UsageError
 from accelerando.serve.aims import banked
 from accelerando.serve.company import Company
 from accelerando.serve.estimates import ArrivalRate, Slowdown
@@ -22,6 +24,7 @@ from accelerando.serve.tickets import Ticket
 STANDS = 100  # latest changes of rung that are remembered
 SLOW_SECONDS = 1.0  # in which what was seen of the machine's slowness loses two thirds of its weight
 WISH_SECONDS = 0.5  # how often it is asked whether a rung that is out would have been stood on
+log = logging.getLogger(__name__)
 
 
 class Footing:
@@ -39,12 +42,15 @@ class Footing:
         self.rate = ArrivalRate()
         self._governor, self._tally, self._clock = governor, tally, clock
         self._slowdown = Slowdown()
-        self._last: Decision | None = None
         self._asked_wish = self._observed = -math.inf
+        self._last: Decision | None = None
+        self.company = company
         self.take(company)
 
     def take(self, company: Company) -> None:
         """Stand on another company's rungs, or go by other aims, from the next decision on."""
+        if company.residents is not self.company.residents:
+            self._last = None  # of the same number is another rung
         self.company = company
         self._bank = 0.0
         self._seen: tuple[tuple[RungState, ...], tuple[RungState, ...]] | None = None
@@ -96,7 +102,7 @@ class Footing:
     # --- what follows -------------------------------------------------------------------------------------------
 
     def decide(self, queue: tuple[tuple[float, int, float], ...], rows: int) -> Decision:
-        """The rung for what waits.
+        """The rung for what waits; none, with the reason, where the governor fails.
 
         Args:
             queue: as `Signal.queue`: who waits, the head first.
@@ -107,7 +113,7 @@ class Footing:
             now, rows, queue, self.rate.pressing(now), self.slowness(now), aims.patience,
             math.inf if aims.quality == -math.inf else self._bank, aims.quality,
         )  # fmt: skip
-        decision = self._governor.decide(self._last, signal, self.states_for(queue[0][1]))
+        decision = self._ask(signal, self.states_for(queue[0][1]))
         if decision.rung is not None:
             if self._last is None or self._last.rung != decision.rung:
                 self._tally.switches += self._last is not None
@@ -118,11 +124,22 @@ class Footing:
             self._wish(signal)
         return decision
 
+    def _ask(self, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
+        """What the governor says; one of somebody's own that fails costs the request at the head, and nobody else."""
+        try:
+            decision = self._governor.decide(self._last, signal, rungs)
+            check(decision, rungs)
+        except Exception as error:
+            log.exception("the governor failed")
+            words = f"the governor failed on it: {type(error).__name__}: {error}"
+            return Decision(None, 0, signal.now, words)
+        return decision
+
     def _wish(self, signal: Signal) -> None:
         """Tell the residents of a rung that is out, and would have been stood on."""
         company = self.company
         dreamt = tuple(replace(s, ready=s.ready or s.number in company.aims.rungs) for s in self.states())
-        wished = self._governor.decide(self._last, signal, dreamt).rung
+        wished = self._ask(signal, dreamt).rung
         if wished is not None:
             company.residents.missed(wished, signal.now)
 
@@ -133,3 +150,23 @@ class Footing:
             return self._last.rung
         ready = [s for s in self.states() if s.ready]
         return max(ready, key=lambda s: s.quality).number if ready else 0
+
+
+def check(decision: Decision, rungs: Sequence[RungState]) -> None:
+    """Whether a decision can be followed.
+
+    Raises:
+        UsageError: it is none, or names what is not there.
+    """
+    if not isinstance(decision, Decision):
+        raise UsageError(f"decide() must give a Decision, but gave {decision!r}")
+    if decision.rung is None:
+        return
+    ready = [s.number for s in rungs if s.ready]
+    if not (isinstance(decision.rung, int) and decision.rung in ready):
+        known = ", ".join(map(str, ready)) or "none is"
+        raise UsageError(
+            f"the rung of a Decision must be None or the number of a ready one ({known}), but is {decision.rung!r}"
+        )
+    if not (isinstance(decision.rows, int) and decision.rows > 0):
+        raise UsageError(f"the rows of a Decision must be a whole number of at least 1, but are {decision.rows!r}")

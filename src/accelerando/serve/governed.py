@@ -37,7 +37,8 @@ AWAY = 4e-4  # more where another process computes, for that spares two changes 
 class GovernedModel:
     """A bundle under a goal, called like the model; made by `accelerando.load(path, goal=...)`.
 
-    Thread-safe, and usable after a fork (a child loads its own rungs).  Close it, or use it in a `with`.
+    Thread-safe, and usable after a fork: a child loads rungs of its own, and leaves its parent's alone.  It should end
+    by `os._exit`, for ONNX Runtime may abort or hang in another exit.  Close it, or use it in a `with`.
     """
 
     def __init__(self, bundle: Bundle, goal: Goal, terms: Terms) -> None:
@@ -52,7 +53,7 @@ class GovernedModel:
         self._signature = bundle.signature
         company = assemble(bundle, self._goal, self._terms, self._cores, 1)
         self._conductor = Conductor(company, self._terms.governor, self._cores, self._terms.waiting_rows)
-        self._finalize = weakref.finalize(self, _end, self._conductor)  # also when the program ends
+        self._finalize = weakref.finalize(self, _end, self._conductor, self._pid)  # also when the program ends
 
     # --- what is asked ------------------------------------------------------------------------------------------
 
@@ -165,7 +166,7 @@ class GovernedModel:
 
         Raises:
             BundleError: it can't be trusted, or none of its rungs can run here; the old one goes on.
-            UsageError: it is called otherwise.
+            UsageError: it is called otherwise, or there is no memory for both; the old one goes on.
         """
         bundle = Bundle.open(path, hashes=False)
         if bundle.signature != self._signature:
@@ -175,8 +176,12 @@ class GovernedModel:
             )
         with self._changing:
             old = self._alive().company
-            self._conductor.conduct(assemble(bundle, self._goal, self._terms, self._cores, old.version + 1))
-        old.end()
+            company = assemble(bundle, self._goal, self._terms, self._cores, old.version + 1, old)
+            self._conductor.conduct(company)
+            try:
+                old.end()
+            finally:
+                company.residents.fill()
 
     def close(self) -> None:
         """Answer what was accepted, then give everything back; calls after it raise ClosedError."""
@@ -222,9 +227,10 @@ class GovernedModel:
         told = self.status()
         lines = [f"GovernedModel({self.bundle.path}), goal {told.goal}, stands on rung {told.standing}"]
         for rung in reversed(told.rungs):
+            takes = f"{rung.seconds * 1e3:.3g} ms, " if rung.seconds else ""
             lines.append(
                 f"  {'>' if rung.number == told.standing else ' '} {rung.number} {rung.state}: {rung.recipe}, "
-                f"{rung.seconds * 1e3:.3g} ms, {told.metric} {rung.quality.mid:.4g}"
+                f"{takes}{told.metric} {rung.quality.mid:.4g}"
             )
         return "\n".join(lines)
 
@@ -287,6 +293,8 @@ def govern(
     return GovernedModel(bundle, wanted, terms)
 
 
-def _end(conductor: Conductor) -> None:
+def _end(conductor: Conductor, pid: int) -> None:
+    if pid != os.getpid():
+        return  # a forked child ends, but threads, locks and lines are its parent's
     conductor.close()
     conductor.company.end()

@@ -1,7 +1,7 @@
 """Rungs in a process of their own: what kills or hangs it costs the request in hand, and the server goes on.
 
-Two lines lead there, and the process answers each in a thread of its own: one for the calls that are served, and one
-for loading rungs and trying them, so that nobody who is served waits for a rung to come up.
+Two lines lead there, and the process (`worker`) answers each in a thread of its own: one for the calls that are served,
+and one for loading rungs and trying them, so that nobody who is served waits for a rung to come up.
 """
 
 from __future__ import annotations
@@ -18,24 +18,26 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from accelerando.bundle import Bundle
-from accelerando.errors import AccelerandoError, BundleError, RowsError, ServingError
+from accelerando.errors import RowsError, ServingError
 from accelerando.ladder import Rung
 from accelerando.recipe import Runner
-from accelerando.serve.batches import run_within
-from accelerando.serve.footprint import give_back
 from accelerando.serve.passage import Passage
-from accelerando.serve.priority import import_gently
 from accelerando.signature import Array
 
 START_SECONDS = 120.0  # for coming up, and for loading a rung
-CALL_SECONDS = 30.0  # for one call: what takes longer hangs
-NEWBORN = "from accelerando.serve.isolation import work; work()"
-GENTLY = "from accelerando.serve.priority import import_gently; import_gently('accelerando.serve.isolation'); "
+CALL_SECONDS = 30.0  # for a call of which it is not known what it should take: what takes longer hangs
+LEAST_SECONDS = 2.0  # for one of which it is: shared machines stand still for a second at times
+SLOWER, MUCH_SLOWER = 50, 4  # times as long as it should take; the second where the first is more than `CALL_SECONDS`
+NEWBORN = "from accelerando.serve.worker import work; work()"
+GENTLY = "from accelerando.serve.priority import import_gently; import_gently('accelerando.serve.worker'); "
 
 
 class LostError(RowsError):
     """The process that computed died, or hung and was killed; the next call starts another."""
+
+
+class StartError(LostError):
+    """The process was lost while it came up or loaded a rung, so that nothing is known of the rows."""
 
 
 class Unfinished(Exception):  # noqa: N818  nothing went wrong
@@ -51,7 +53,7 @@ class Apart:
 
     Args:
         path: of the bundle, whose files the process opens and checks itself.
-        seconds: after which a call is given up, and the process killed.
+        seconds: after which a call is given up and the process killed, where it is not known what it should take.
         gently: others are being served meanwhile, and must not be held up by its coming up.
 
     Raises:
@@ -80,36 +82,58 @@ class Apart:
         self._loaded(rung.recipe.key)
         return Remote(self, rung.recipe.key)
 
-    def call(self, key: str, leaves: Sequence[Array], most_rows: int = 0, aside: bool = False) -> list[Array]:
+    def call(
+        self,
+        key: str,
+        leaves: Sequence[Array],
+        most_rows: int = 0,
+        expected: float | None = None,
+        aside: bool = False,
+    ) -> list[Array]:
         """Answer one request; a process that was lost is started again first, and its rung loaded.
 
         Args:
             most_rows: that are computed at a time, 0 for all.
+            expected: seconds that so many should take, where that is known.
             aside: on the line for loading: whoever is served meanwhile need not wait.
+
+        Raises:
+            BundleError: its files can't be trusted any longer.
+            LostError: the process died, or hung and was killed.
         """
         with self._loading if aside else self._calling:
             life = self._loaded(key)
-            answers: list[Array] = life.ask(
-                aside, ("call", key, list(leaves), most_rows), self._most(leaves, most_rows)
-            )
+            seconds = self._limit(life, key, len(leaves[0]), most_rows, expected)
+            answers: list[Array] = life.ask(aside, ("call", key, list(leaves), most_rows), seconds)
             return answers
 
-    def _most(self, leaves: Sequence[Array], most_rows: int) -> float:
-        """Seconds after which a call is given up."""
-        return self._seconds * (-(-len(leaves[0]) // most_rows) if most_rows and leaves else 1)
+    def _limit(self, life: _Life, key: str, rows: int, most_rows: int, expected: float | None) -> float:
+        """Seconds after which a call that is about to be sent hangs.
 
-    def call_within(self, key: str, leaves: Sequence[Array], most_rows: int, patience: float) -> list[Array]:
+        The first call of a size may have to build a session, so that it is not known what it should take.
+        """
+        at_once = min(rows, most_rows or rows)
+        sizes, known = {at_once, rows % at_once or at_once}, life.started.get(key, set())
+        each = self._seconds
+        if expected is not None and sizes <= known:
+            each = max(min(SLOWER * expected, each), MUCH_SLOWER * expected, LEAST_SECONDS)
+        known |= sizes
+        return each * -(-rows // at_once)
+
+    def call_within(
+        self, key: str, leaves: Sequence[Array], most_rows: int, expected: float | None, patience: float
+    ) -> list[Array]:
         """As `call`, for a caller who must not wait for longer than about `patience` seconds.
 
         Raises:
             Unfinished: it takes longer; until `wait` is called, which is for another thread, nobody else is answered.
         """
-        life = self._life
-        later, seconds = Unfinished(partial(self.call, key, leaves, most_rows)), self._most(leaves, most_rows)
+        life, later = self._life, Unfinished(partial(self.call, key, leaves, most_rows, expected))
         if life is None or life.ended or key not in life.started or not self._calling.acquire(blocking=False):
             raise later
         held = True
         try:
+            seconds = self._limit(life, key, len(leaves[0]), most_rows, expected)
             life.say(False, ("call", key, list(leaves), most_rows), seconds)
             if life.calls.comes_within(patience):
                 answers: list[Array] = life.reply(False, seconds)
@@ -133,7 +157,7 @@ class Apart:
         with self._loading:
             life = self._life
             if life is not None and not life.ended and key in life.started:
-                life.started.discard(key)
+                del life.started[key]
                 with suppress(ServingError):
                     life.ask(True, ("stop", key), self._seconds)
 
@@ -146,14 +170,17 @@ class Apart:
 
     def _loaded(self, key: str) -> _Life:
         """The process, up and with this rung."""
-        life = self._up()
-        if key not in life.started:
-            with self._loading:
-                life = self._up()
-                if key not in life.started:
-                    life.ask(True, ("start", key), START_SECONDS)
-                    life.started.add(key)
-        return life
+        try:
+            life = self._up()
+            if key not in life.started:
+                with self._loading:
+                    life = self._up()
+                    if key not in life.started:
+                        life.ask(True, ("start", key), START_SECONDS)
+                        life.started[key] = set()
+            return life
+        except (LostError, OSError) as error:
+            raise StartError(f"the rung could not be loaded: {error}") from error
 
     def _up(self) -> _Life:
         with self._birth:
@@ -172,7 +199,7 @@ class _Life:
     """
 
     def __init__(self, path: Path, gently: bool = False) -> None:
-        self.started: set[str] = set()
+        self.started: dict[str, set[int]] = {}  # rungs by their keys: the numbers of rows that each was asked at a time
         self.ended = False
         (self.calls, theirs), (self.loads, theirs_too) = Passage.made(), Passage.made()
         descriptors = (*theirs, *theirs_too)
@@ -245,11 +272,13 @@ class Remote(Runner):
     def __call__(self, leaves: Sequence[Array]) -> list[Array]:
         return self._apart.call(self._key, leaves, aside=self._aside)
 
-    def run(self, leaves: Sequence[Array], most_rows: int, patience: float) -> list[Array]:
+    def run(
+        self, leaves: Sequence[Array], most_rows: int, patience: float, expected: float | None = None
+    ) -> list[Array]:
         """As `Apart.call_within`, or `Apart.call` where patience is endless."""
         if patience == math.inf:
-            return self._apart.call(self._key, leaves, most_rows)
-        return self._apart.call_within(self._key, leaves, most_rows, patience)
+            return self._apart.call(self._key, leaves, most_rows, expected)
+        return self._apart.call_within(self._key, leaves, most_rows, expected, patience)
 
     def aside(self) -> Runner:
         """The same rung, asked while others are served."""
@@ -257,56 +286,3 @@ class Remote(Runner):
 
     def close(self) -> None:
         self._apart.stop(self._key)
-
-
-def work() -> None:
-    """What the process does: says that it is up, and answers until its server hangs up."""
-    path, gently, *numbers = sys.argv[1:]
-    descriptors = [int(number) for number in numbers]
-    calls, loads = Passage.inherited(*descriptors[:3]), Passage.inherited(*descriptors[3:])
-    rungs = _Rungs(Path(path), gently == "True")
-    threading.Thread(target=_answer, args=(loads, rungs), daemon=True).start()
-    with suppress(OSError):
-        calls.send((True, None))
-        _answer(calls, rungs)
-    os._exit(0)  # whatever still computes has nobody to tell
-
-
-def _answer(line: Passage, rungs: _Rungs) -> None:
-    """Answer what is asked on one of the lines, until nobody asks any longer."""
-    with suppress(EOFError, OSError):
-        while True:
-            kind, *what = line.receive()
-            try:
-                reply = True, getattr(rungs, kind)(*what)
-            except AccelerandoError as error:
-                reply = False, error
-            except Exception as error:  # noqa: BLE001  whatever a backend raises is told to the server
-                reply = False, RowsError(f"{type(error).__name__}: {error}")
-            line.send(reply)
-
-
-class _Rungs:
-    """Those that are loaded over there."""
-
-    def __init__(self, path: Path, gently: bool) -> None:
-        self._path, self._gently = path, gently
-        self._runners: dict[str, Runner] = {}
-
-    def start(self, key: str) -> None:
-        """Load one by its recipe's key: its bundle may have been replaced since the server opened it."""
-        bundle = Bundle.open(self._path, hashes=False)  # the rung is hashed when it is started
-        rung = next((rung for rung in bundle.ladder if rung.recipe.key == key), None)
-        if rung is None:
-            words = f"{self._path} holds another bundle by now, without the rung {key}; reload it"
-            raise BundleError("missing-file", words)
-        if self._gently and rung.recipe.backend.portable:  # the others can't be loaded here at all
-            import_gently(*rung.recipe.backend.needs)
-        self._runners[key] = bundle.start(rung, spinning=False, shared=True)
-
-    def call(self, key: str, leaves: Sequence[Array], most_rows: int) -> list[Array]:
-        return run_within(self._runners[key], leaves, most_rows or len(leaves[0]))
-
-    def stop(self, key: str) -> None:
-        self._runners.pop(key).close()
-        give_back()

@@ -10,8 +10,7 @@ from typing import Any
 
 from accelerando.errors import DataError, DeadlineError
 from accelerando.goal_text import TIME, amount
-from accelerando.ladder import Ladder
-from accelerando.serve.aims import orientation, promise
+from accelerando.serve.aims import orientation
 from accelerando.serve.company import Company
 from accelerando.serve.runtime import array_of, check_axes, fit, tensor_of
 from accelerando.serve.tickets import Answer, Ticket
@@ -64,7 +63,7 @@ def of_bound(
         priority: as `Ticket.priority`.
 
     Raises:
-        DataError: there are no rows, or no rung promises that quality.
+        DataError: there are no rows, or no rung that was not turned away promises that quality.
         DeadlineError: the deadline has passed.
     """
     rows = len(leaves[0]) if leaves and leaves[0].ndim else 1
@@ -74,17 +73,19 @@ def of_bound(
         raise DeadlineError(f"the deadline was {seconds:g} s from now: it has passed; give more than 0")
     now = time.monotonic()
     patience = company.aims.patience if seconds is None else seconds
-    floor = -math.inf if min_quality is None else _floor(company.residents.bundle.ladder, min_quality)
+    floor = -math.inf if min_quality is None else _floor(company, min_quality)
     return Ticket(leaves, rows, now, now + patience, floor, priority)
 
 
-def _floor(ladder: Ladder, quality: float) -> float:
+def _floor(company: Company, quality: float) -> float:
     """A wanted quality, oriented; one that no rung promises is a mistake, not a matter of load."""
-    floor = orientation(ladder) * quality
-    if floor > (best := max(promise(rung, ladder) for rung in ladder)):
-        promised = orientation(ladder) * best
-        raise DataError(f"a quality of {quality:g} was asked for, but no rung promises better than {promised:.4g}")
-    return floor
+    sign = orientation(company.residents.bundle.ladder)
+    if -math.inf < (best := company.attainable()) < sign * quality:
+        raise DataError(
+            f"a quality of {quality:g} was asked for, but no rung that runs here, and that the goal allows, promises "
+            f"better than {sign * best:.4g}; ask for less"
+        )
+    return sign * quality
 
 
 def shaped(signature: Signature, answer: Answer, tensors: Sequence[Any]) -> Any:

@@ -1,7 +1,12 @@
 """The rungs that are in memory: loaded and proven off the request path, evicted under a hard cap.
 
-The fastest rung is pinned: it is what a burst falls back to.  What rungs share, such as a backend's library, counts
-once: of each backend the least that any of its rungs took beyond its own files.
+The fastest rung is pinned: it is what a burst falls back to.
+
+While one bundle takes over from another, the cap is of what both hold: the elder's rungs make room for the heir's,
+the idlest first, but for those that it can't serve without.
+
+The cores are never waited for, nor is a runner closed, under a lock of theirs; an heir's lock may be held when its
+elder's is taken, not the other way round.
 """
 
 from __future__ import annotations
@@ -9,7 +14,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,6 +30,7 @@ from accelerando.serve.batches import joinable
 from accelerando.serve.footprint import give_back, held_bytes
 from accelerando.serve.governor import RungState
 from accelerando.serve.isolation import Remote
+from accelerando.serve.sizes import Sizes
 from accelerando.serve.stored_rows import StoredRows
 from accelerando.signature import Array
 
@@ -43,6 +49,7 @@ class Resident:
     runner: Runner | None = None
     cost: costs.Cost | None = None
     used: float = 0.0  # when last, by the monotonic clock
+    answered: int = 0  # rows
     missed: int = 0
     missed_since: float = 0.0
 
@@ -62,6 +69,7 @@ class Residents:
         cap: bytes that the loaded rungs may hold, None for no limit.
         most_rows: of a batch.
         pid: of the process that holds them.
+        elder: those of the bundle from which it takes over, until `fill`.
 
     Raises:
         UsageError: the fastest rung alone is over the cap.
@@ -75,6 +83,7 @@ class Residents:
         cap: int | None = None,
         most_rows: int = 64,
         pid: Callable[[], int] = os.getpid,
+        elder: Residents | None = None,
     ) -> None:
         self.bundle, self.cap = bundle, cap
         self._start, self._cores, self._pid = start, cores, pid
@@ -83,19 +92,21 @@ class Residents:
         self._all = [Resident(i, rung) for i, rung in enumerate(bundle.ladder)]
         self._promises = [promise(rung, bundle.ladder) for rung in bundle.ladder]
         self._tails = [costs.tail(rung.evidence) for rung in bundle.ladder]
-        self._shared = _shared(bundle.ladder.rungs)
+        self._sizes = Sizes(bundle.ladder.rungs)
         self._stored = StoredRows(bundle)
         self._row = self._one_row()
         self._wanted: list[int] = []
         self._loader: threading.Thread | None = None
         self._closed = False
-        self._before = held_bytes(pid())
+        self._elder, self._yields = elder, False
+        self._pinned = self._kept = frozenset({len(self._all) - 1})  # `_kept` makes no room for others
+        self._order: tuple[int, ...] = ()
+        self._before: int = elder._before if elder is not None and elder._pid() == pid() else held_bytes(pid())
         self.states: tuple[RungState, ...] = ()  # of all that did not fail; replaced as a whole, never changed
-        pinned = len(self._all) - 1
-        if cap is not None and self._foreseen({pinned}) > cap:
+        if cap is not None and (least := self._foreseen(self._pinned)) > cap:
             raise UsageError(
-                f"a memory of {cap:,} bytes was allowed, but the fastest rung, {self._all[pinned].rung.recipe}, takes "
-                f"about {self._foreseen({pinned}):,}; allow more"
+                f"a memory of {cap:,} bytes was allowed, but the fastest rung, {self._all[-1].rung.recipe}, takes "
+                f"about {least:,}; allow more"
             )
 
     def __iter__(self) -> Iterator[Resident]:
@@ -114,28 +125,52 @@ class Residents:
         """Whether there is a rung to stand on."""
         return any(s.ready for s in self.states)
 
+    def may_come(self, number: int) -> bool:
+        """Whether a rung is ready or may be yet: it was not turned away, and has room beside the fastest."""
+        if self._all[number].state in ("failed", "quarantined"):
+            return False
+        return self.cap is None or self._foreseen(self._pinned | {number}) <= self.cap
+
     # --- loading and evicting -----------------------------------------------------------------------------------
 
-    def begin(self, order: Sequence[int], first: int = 2) -> None:
-        """Load these rungs: the first that can be loaded before this returns, the rest behind its back.
+    def begin(self, order: Sequence[int], serves: Callable[[], bool] = lambda: True, first: int = 2) -> None:
+        """Load these rungs: the first before this returns, the rest by themselves, where it has an elder after `fill`.
 
         Args:
             order: numbers, the most urgent first.
-            first: how many must have been tried before this returns; more are tried until one is ready.
+            serves: whether the rungs that are ready do what is asked of them.
+            first: how many are to be ready before this returns; more where they do not serve, and in the end all are
+                tried.
 
         Raises:
             BundleError: `no-rung`: none can be loaded here; the message holds the reason of each.
+            UsageError: what it needs has no room beside its elder.
         """
-        tried = 0
-        for number in order:
-            if tried >= first and self.ready:
-                break
-            self.load(number)
-            tried += 1
+        self._order, rest = tuple(order), list(order)
+        while rest and not (sum(s.ready for s in self.states) >= first and serves()):
+            self.load(rest.pop(0))
+        if self._elder is not None and not (self.ready and serves()) and any(r.state == "out" for r in self._all):
+            raise UsageError(
+                f"a memory of {self.cap:,} bytes was allowed, and the bundle that is served leaves too little of it to "
+                f"load {self.bundle.path} meanwhile; allow more, or unload the one before you load the other"
+            )
         if not self.ready:
             why = "; ".join(f"rung {r.number}: {r.why}" for r in self._all if r.why)
             raise BundleError("no-rung", f"no rung of {self.bundle.path} can run here: {why}")
-        self.want(*order[tried:])
+        if self._elder is None:
+            self.want(*rest)
+
+    def give_way(self, but: Collection[int]) -> None:
+        """An heir comes: load nothing more, and let it have the room of all rungs but these, until `fill`."""
+        with self._lock:
+            self._yields, self._kept = True, self._pinned | frozenset(but)
+            self._wanted.clear()
+
+    def fill(self) -> None:
+        """There is neither an elder nor an heir any more: load what is out, as far as there is room."""
+        with self._lock:
+            self._elder, self._yields, self._kept = None, False, self._pinned
+        self.want(*(n for n in self._order if self._all[n].state == "out"))
 
     def want(self, *numbers: int) -> None:
         """Load these when there is time; none of them makes room by evicting."""
@@ -165,12 +200,14 @@ class Residents:
         """
         resident = self._all[number]
         with self._lock:
-            if self._closed or resident.state in ("ready", "loading", "quarantined"):
+            if self._closed or self._yields or resident.state in ("ready", "loading", "quarantined"):
                 return resident.state == "ready"
-            if not self._has_room(number, evict):
+            leaving = self._made_room(number, evict)
+            if leaving is None:
                 resident.why = f"there is no room for it under the cap of {self.cap:,} bytes"
                 return False
             resident.state, resident.why = "loading", ""
+        self._give_back(leaving)
         try:
             runner = self._start(resident.rung)
             cost = self._proven(resident.rung, runner.aside() if isinstance(runner, Remote) else runner)
@@ -212,31 +249,54 @@ class Residents:
         shapes = [[axis if isinstance(axis, int) else 1 for axis in port.shape] for port in signature.inputs]
         return [np.zeros(shape, port.dtype) for shape, port in zip(shapes, signature.inputs, strict=True)]
 
-    def _has_room(self, number: int, evict: bool) -> bool:
-        """Whether a rung fits beside those that are loaded, after the idlest made room where that is allowed."""
+    def _made_room(self, number: int, evict: bool) -> list[Runner] | None:
+        """The runners of those that leave, so that a rung fits beside the others; None where it can't, and all stay."""
         if self.cap is None:
-            return True
-        held = {r.number for r in self._all if r.state in ("ready", "loading")}
-        idlest = sorted((r for r in self._all[:-1] if r.state == "ready"), key=lambda r: r.used)
-        while self._foreseen(held | {number}) > self.cap:
-            if not evict or not idlest:
-                return False
-            held.discard(idlest[0].number)
-            self.evict(idlest.pop(0).number)
-        return True
+            return []
+        ours, theirs = self._held() | {number}, self._elder._held() if self._elder else set()
+        idle = [(self._elder, theirs, n) for n in self._elder._idlest()] if self._elder else []
+        idle += [(self, ours, n) for n in self._idlest()] if evict else []
+        leaving: list[tuple[Residents, int]] = []
+        while self._foreseen(ours, theirs) > self.cap:
+            if not idle:
+                return None
+            whose, held, out = idle.pop(0)
+            held.discard(out)
+            leaving.append((whose, out))
+        return [runner for whose, out in leaving for runner in whose._taken_out(out)]
+
+    def _held(self) -> set[int]:
+        return {r.number for r in self._all if r.state in ("ready", "loading")}
+
+    def _idlest(self) -> list[int]:
+        """Numbers of the rungs that could make room, those first that were not used for longest."""
+        leavable = [r for r in self._all if r.state == "ready" and r.number not in self._kept]
+        return [r.number for r in sorted(leavable, key=lambda r: r.used)]
 
     def evict(self, number: int) -> None:
         """Take a rung out of memory once nothing computes with it."""
+        self._give_back(self._taken_out(number))
+
+    def _taken_out(self, number: int, state: str = "out", why: str = "") -> list[Runner]:
+        """The runner of a rung with which nobody can begin to compute any more; none where it had none."""
         resident = self._all[number]
         with self._lock:
             runner, resident.runner = resident.runner, None
-            if resident.state == "ready":
-                resident.state = "out"
+            if state != "out" or resident.state == "ready":
+                resident.state, resident.why = state, why
             self._publish()
-        if runner is not None:
-            self._let_finish()
-            runner.close()
-            del runner
+        return [] if runner is None else [runner]
+
+    def _give_back(self, runners: list[Runner]) -> None:
+        """Close runners that were taken out, once nothing computes with them.  Called without the lock."""
+        if not runners:
+            return
+        with self._cores:
+            pass
+        here = any(not isinstance(runner, Remote) for runner in runners)
+        while runners:
+            runners.pop().close()
+        if here:  # another process gives its own back, and looking through this one holds it up for some 20 ms
             give_back()
 
     def missed(self, number: int, now: float) -> None:
@@ -266,13 +326,7 @@ class Residents:
 
     def turn_away(self, number: int, state: str, why: str) -> None:
         """Stand on a rung no more: it is `quarantined` for its answers, or it `failed`."""
-        resident = self._all[number]
-        with self._lock:
-            runner, resident.runner = resident.runner, None
-        self._leave(resident, state, why)
-        if runner is not None:
-            self._let_finish()
-            runner.close()
+        self._give_back(self._taken_out(number, state, why))
 
     def _leave(self, resident: Resident, state: str, why: str) -> bool:
         with self._lock:
@@ -304,15 +358,7 @@ class Residents:
             loader = self._loader
         if loader is not None and loader is not threading.current_thread():
             loader.join()
-        self._let_finish()
-        while runners:
-            runners.pop().close()
-        give_back()
-
-    def _let_finish(self) -> None:
-        """Wait until nothing computes with a rung that nobody can begin to compute with any more."""
-        with self._cores:
-            pass
+        self._give_back(runners)
 
     def promise(self, number: int) -> float:
         """The quality that a rung's certificate promises, oriented (`aims.promise`)."""
@@ -320,24 +366,17 @@ class Residents:
 
     def bytes_of(self, number: int) -> int:
         """What a rung adds to those that are loaded, in bytes, as far as its certificate tells."""
-        rung = self._all[number].rung
-        return max(rung.evidence.peak_bytes - self._shared[rung.recipe.backend.name], rung.artifact.bytes)
+        return self._sizes.added(number)
 
-    def _foreseen(self, numbers: set[int]) -> int:
-        """Bytes of these rungs together: of each backend its library once."""
-        backends = {self._all[n].rung.recipe.backend.name for n in numbers}
-        return sum(self._shared[name] for name in backends) + sum(self.bytes_of(n) for n in numbers)
+    def _foreseen(self, numbers: Collection[int], elders: Collection[int] = ()) -> int:
+        """Bytes of these rungs together, and of these of the elder."""
+        held = self._sizes.together(numbers)
+        if self._elder is not None:
+            shared = self._elder._pid() == self._pid()
+            held = held.beside(self._elder._sizes.together(elders), shared=shared)
+        return held.bytes
 
 
 def _recorded(rung: Rung) -> float:
     """Seconds of a row, as certified."""
     return rung.evidence.latency(0.5).mid / rung.evidence.batch
-
-
-def _shared(rungs: Sequence[Rung]) -> dict[str, int]:
-    """By backend, the least that any of its rungs took beyond its own files: its library, in the main."""
-    shared: dict[str, int] = {}
-    for rung in rungs:
-        name, beyond = rung.recipe.backend.name, max(rung.evidence.peak_bytes - rung.artifact.bytes, 0)
-        shared[name] = min(shared.get(name, beyond), beyond)
-    return shared

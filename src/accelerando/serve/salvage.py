@@ -9,18 +9,19 @@ from __future__ import annotations
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from accelerando.errors import RowsError
+from accelerando.errors import BundleError, ClosedError, RowsError
 from accelerando.serve.batches import Batch, joinable
 from accelerando.serve.company import Company, GoneError
-from accelerando.serve.isolation import LostError
+from accelerando.serve.isolation import LostError, StartError
 from accelerando.serve.tickets import Ticket
 from accelerando.signature import Array
 from accelerando.workload import filled
 
 log = logging.getLogger(__name__)
+TRIES = 2  # rungs that a request may fail on
 FAILURES = 3  # in a row, of requests that another rung then answered: the rung is given up
 PROBES = 32  # calls at most in search of a request's poisonous rows, and
 PROBE_SECONDS = 1.0  # none is begun after so long: others wait
@@ -65,51 +66,82 @@ class Salvage:
             ready: numbers of the rungs that can be asked; the batch's own is asked first, for its process may have
                 died of another request, and then one more.
         """
-        asked = sorted(ready, key=lambda number: number != batch.rung)[:2]
-        poisonous: list[tuple[Ticket, Exception]] = []
+        rungs = sorted(ready, key=lambda number: number != batch.rung)
+        why = f"rung {batch.rung} failed on its batch: {failure}"
+        poisonous: list[tuple[Ticket, dict[int, Exception]]] = []
         for ticket in batch.tickets:
-            for number in asked:
-                start = self._clock()
-                try:
-                    answers = self._run(company, number, ticket.leaves)
-                except Exception as error:  # noqa: BLE001  whatever a backend raises: the next one is asked
-                    failure = error
-                    continue
-                why = f"rung {batch.rung} failed on its batch: {failure}"
-                yield Saved(ticket, number, answers, why, start, self._clock())
-                if number != batch.rung and company is batch.company:
-                    self._blame(company, batch.rung, failure)
-                break
+            saved, failures = self._try(ticket, company, rungs, why)
+            if saved is not None:
+                yield saved
             else:
-                poisonous.append((ticket, failure))
-        for ticket, reason in poisonous:
-            yield Saved(ticket, error=self._told(company, asked, ticket, reason))
+                poisonous.append((ticket, failures))
+            for number, error in failures.items():
+                if saved is not None or isinstance(error, StartError):  # it is not the rows
+                    self._blame(company, number, error)
+        for ticket, failures in poisonous:
+            yield Saved(ticket, error=self._told(company, ticket, failures, failure))
+
+    def _try(
+        self, ticket: Ticket, company: Company, rungs: Sequence[int], why: str
+    ) -> tuple[Saved | None, dict[int, Exception]]:
+        """The answer of the first rung that gives one, if there is any; and on which it failed, and how.
+
+        A rung whose files can't be trusted any longer is given up, and is none of those.
+        """
+        failures: dict[int, Exception] = {}
+        for number in rungs:
+            if company.residents[number].state != "ready":
+                continue  # it was given up meanwhile
+            start = self._clock()
+            try:
+                answers = self._run(company, number, ticket.leaves)
+                return Saved(ticket, number, answers, why, start, self._clock()), failures
+            except BundleError as error:
+                self._give_up(company, number, f"it could not be loaded again: {error}")
+            except Exception as error:  # noqa: BLE001  whatever a backend raises: the next one is asked
+                failures[number] = error
+                if len(failures) == TRIES:
+                    break
+        return None, failures
 
     def _run(self, company: Company, number: int, leaves: Sequence[Array]) -> list[Array]:
         with self._cores:
             return company.run(number, leaves)
 
     def _blame(self, company: Company, number: int, failure: Exception) -> None:
-        """A rung failed where another answered; too often in a row, and it is given up."""
+        """A rung failed for a reason of its own; too often in a row, and it is given up."""
         self._failures[number] += 1
         if self._failures[number] >= FAILURES:
-            why = f"it failed {FAILURES} times in a row: {failure}"
-            log.warning("given up", extra={"rung": number, "reason": why})
-            company.residents.turn_away(number, "failed", why)
+            self._give_up(company, number, f"it failed {FAILURES} times in a row: {failure}")
 
-    def _told(self, company: Company, asked: Sequence[int], ticket: Ticket, failure: Exception) -> Exception:
-        """The error of a request that fails on every rung: with the rows that fail by themselves, where it has many.
+    def _give_up(self, company: Company, number: int, why: str) -> None:
+        log.warning("given up", extra={"rung": number, "reason": why})
+        self._failures[number] = 0
+        company.residents.turn_away(number, "failed", why)
+
+    def _told(
+        self, company: Company, ticket: Ticket, failures: Mapping[int, Exception], failure: Exception
+    ) -> Exception:
+        """The error of a request that no rung answers: with the rows that fail by themselves, where it has many.
 
         They are not looked for where each try would cost a process, or the rung has left the memory.
+
+        Args:
+            failures: of the rungs that were asked; `failure` of its batch.
         """
+        if not company.residents.ready:
+            return none_left(company)
+        if not failures:
+            return of_rows(failure)  # those that were ready have been given up, and others are only now
+        number, failure = list(failures.items())[-1]
         signature = company.residents.bundle.signature
         size = signature.fixed_batch
         divisible = ticket.rows > 1 and (size is not None or joinable(signature))
-        if not asked or not divisible or isinstance(failure, (LostError, GoneError)):
+        if not divisible or isinstance(failure, (LostError, GoneError)):
             return of_rows(failure)
 
         def run(rows: slice) -> None:
-            self._run(company, asked[-1], filled([leaf[rows] for leaf in ticket.leaves], size))
+            self._run(company, number, filled([leaf[rows] for leaf in ticket.leaves], size))
 
         rows, whole, failure = search(run, ticket.rows, failure, self._clock)
         if rows:
@@ -142,7 +174,7 @@ def search(
         start, end = suspects.pop()
         try:
             run(slice(start, end))
-        except (LostError, GoneError):
+        except (LostError, GoneError, BundleError):
             suspects.append((start, end))
             break
         except Exception as error:  # noqa: BLE001  whatever a backend raises
@@ -158,6 +190,12 @@ def _halves(start: int, end: int) -> list[tuple[int, int]]:
     """The two halves, the first one last, which is taken first."""
     middle = (start + end) // 2
     return [(middle, end), (start, middle)]
+
+
+def none_left(company: Company) -> ClosedError:
+    """What is told to whoever asks a model whose rungs have all been given up."""
+    reasons = "; ".join(f"rung {r.number} is {r.state}: {r.why}" for r in company.residents if r.why)
+    return ClosedError(f"no rung of it is ready ({reasons}); load it again, once its bundle is whole")
 
 
 def of_rows(failure: Exception, where: str = "") -> RowsError:

@@ -22,7 +22,7 @@ class RungStatus:
         quality: as certified; `drop` and `speedup` likewise.
         seconds: what a call of one row takes on this machine.
         bytes: memory that it adds while it is loaded.
-        answered: rows that it has answered.
+        answered: rows that it has answered since its bundle was loaded.
         agreement: how often its answers agreed with the best rung's, where that was watched.
     """
 

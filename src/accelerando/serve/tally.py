@@ -16,7 +16,6 @@ class Tally:
     def __init__(self) -> None:
         self.requests: Counter[str] = Counter()  # answered, late, refused, expired, failed, cancelled
         self.rows = 0
-        self.rows_of: Counter[int] = Counter()  # by rung
         self.batches = 0
         self.switches = 0
         self.latest = 0.0  # when the last answer was given, seconds since the epoch
@@ -25,12 +24,11 @@ class Tally:
         self._queued, self._computed = _Counts(), _Counts()
         self._busy, self._busy_until = 0.0, 0.0
 
-    def answered(self, rung: int, quality: float, rows: int, queued: float, computed: float, late: bool) -> None:
+    def answered(self, quality: float, rows: int, queued: float, computed: float, late: bool) -> None:
         """One request was answered; seconds, and the certified quality of its rung."""
         self.requests["answered"] += 1
         self.latest = time.time()
         self.rows += rows
-        self.rows_of[rung] += rows
         self._all_rows += rows
         if late:
             self.requests["late"] += 1

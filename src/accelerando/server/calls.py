@@ -38,10 +38,9 @@ class Calls:
         if self.stopping.is_set() or not name:
             return not self.stopping.is_set() and self.shelf.ready
         try:
-            self.shelf.find(name, version or None)
+            return self.shelf.find(name, version or None).ready
         except (ClosedError, UnknownModelError):
             return False
-        return True
 
     # --- health and metadata
 

@@ -73,12 +73,11 @@ class Probes:
         if service in ("", inference().service, health().service):
             return State.SERVING if self.calls.shelf.ready else State.NOT_SERVING
         try:
-            self.calls.shelf.find(service)
+            return State.SERVING if self.calls.shelf.find(service).ready else State.NOT_SERVING
         except ClosedError:
             return State.NOT_SERVING
         except UnknownModelError:
             return State.SERVICE_UNKNOWN
-        return State.SERVING
 
 
 async def _service(data: bytes, context: Any) -> str:

@@ -12,11 +12,15 @@ from accelerando.signature import Array, Signature
 
 
 class Served(Protocol):
-    """A model that is loaded and ready: what the protocols ask of it.  Thread-safe."""
+    """A model that is loaded: what the protocols ask of it.  Thread-safe."""
 
     @property
     def signature(self) -> Signature:
         """Its inputs and outputs: names, numpy dtypes, shapes."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether it answers: a model whose rungs were all given up does not."""
 
     def submit_soon(
         self,
@@ -62,11 +66,11 @@ class Repository(Protocol):
     """The models by name.  Thread-safe; `load` and `unload` take a while and are called off the event loop."""
 
     def find(self, name: str, version: str | None = None) -> Served:
-        """A model that is ready; of its versions the newest, unless one is named.
+        """A model that is loaded; of its versions the newest, unless one is named.
 
         Raises:
             UnknownModelError: there is none of this name, or no such version.
-            ClosedError: it is there, but not ready.
+            ClosedError: it is there, but not loaded.
         """
 
     def versions(self, name: str) -> tuple[str, ...]:

@@ -216,9 +216,10 @@ class Rest:
         return as_json({"live": True})
 
     async def _ready(self, request: Request) -> Reply:
-        ready = self.shelf.ready
-        value = {"ready": True} if ready else {"ready": False, "error": "a model is loading, or the server is closing"}
-        return as_json(value, 200 if ready else 503)
+        if self.shelf.ready:
+            return as_json({"ready": True})
+        why = "a model is loading, or has no rung that can run, or the server is closing"
+        return as_json({"ready": False, "error": why}, 503)
 
     async def _document(self, request: Request) -> Reply:
         return await packed(
@@ -238,10 +239,12 @@ class Rest:
 
     async def _model_ready(self, request: Request) -> Reply:
         try:
-            self.shelf.find(request.name, request.version)
+            if self.shelf.find(request.name, request.version).ready:
+                return as_json({"name": request.name, "ready": True})
+            why = "none of its rungs can run"
         except ClosedError as error:
-            return as_json({"name": request.name, "ready": False, "error": str(error)}, 503)
-        return as_json({"name": request.name, "ready": True})
+            why = str(error)
+        return as_json({"name": request.name, "ready": False, "error": why}, 503)
 
     async def _config(self, request: Request) -> Reply:
         served = self.shelf.find(request.name, request.version)

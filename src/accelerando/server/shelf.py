@@ -20,6 +20,7 @@ LOOK_SECONDS = 2.0  # between two looks at a bundle's manifest
 TRIES = 10  # of a bundle that can't be loaded and does not change, each after twice the pause of the one before
 Stamp = tuple[int, int, int]
 GONE: Stamp = (0, 0, 0)
+NO_RUNG = "none of its rungs can run any longer; load its bundle anew"
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class Shelf:
     # --- what there is ------------------------------------------------------------------------------------------
 
     def find(self, name: str, version: str | None = None) -> GovernedModel:
-        """A model that is ready; see `Repository`."""
+        """A model that is loaded; see `Repository`."""
         model = self._models.get(name)
         if model is None:
             self._know(name)
@@ -97,7 +98,7 @@ class Shelf:
             return Entry(name, str(model.version), "READY", self._why.get(name, ""))
         if name in self._loading:
             return Entry(name, "", "LOADING")
-        return Entry(name, "", "UNAVAILABLE", self._why.get(name, "unloaded"))
+        return Entry(name, "", "UNAVAILABLE", self._why.get(name, "unloaded" if model is None else NO_RUNG))
 
     @property
     def ready(self) -> bool:

@@ -35,7 +35,7 @@ def first_of(args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def repeated(module: Any) -> list[str]:
-    """Names of parts that may be blocks by the looks of it: siblings of one class, made of parts with weights."""
+    """Names of parts that may be blocks by the looks of it: siblings of one class, with weight matrices."""
     names = []
     for parent_name, parent in module.named_modules():
         made = {key: m for key, m in parent.named_children() if _composed(m)}
@@ -46,9 +46,9 @@ def repeated(module: Any) -> list[str]:
 
 
 def _composed(part: Any) -> bool:
-    """Whether a part has weights and is more than one of torch's own layers."""
+    """Whether a part is more than one of torch's own layers, and more than a norm: it has a weight matrix."""
     own = not type(part).__module__.startswith("torch.") or any(True for _ in part.children())
-    return own and any(True for _ in part.parameters())
+    return own and any(p.ndim > 1 for p in part.parameters())
 
 
 def observe(module: Any, names: Iterable[str], signature: Signature, leaves: Sequence[Any]) -> dict[str, Call]:

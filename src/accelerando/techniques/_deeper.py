@@ -13,7 +13,7 @@ from accelerando.errors import Reason, RefusalError
 from accelerando.signature import Array, Signature
 from accelerando.techniques._blocks import Call, blocks, observe
 from accelerando.techniques._parity import batch
-from accelerando.techniques._shapes import with_first
+from accelerando.techniques._shapes import FAILURES, with_first
 from accelerando.workload import Samples
 
 PROBE_ROWS = 2
@@ -117,7 +117,7 @@ def _identities(module: Any, signature: Signature, leaves: list[Array], times: f
     """Put identity layers after ReLUs in Sequentials; the empty text where there are none."""
     import torch
 
-    kinds = (torch.nn.Linear, torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    kinds = (torch.nn.Linear, torch.nn.modules.conv._ConvNd)
     places = []
     for name, part in module.named_modules():
         if isinstance(part, torch.nn.Sequential):
@@ -128,6 +128,7 @@ def _identities(module: Any, signature: Signature, leaves: list[Array], times: f
                     places.append((f"{name}.{i}".lstrip("."), part, i, before))
     calls = observe(module, [where for where, *_ in places], signature, leaves)
     places = [(where, part, i, _identity(before)) for where, part, i, before in places if where in calls]
+    places = [place for place in places if _fits(place[3], calls[place[0]])]
     count = max(1, round((times - 1) * len(places)))
     for index in reversed(range(len(places))):
         _, part, i, layer = places[index]
@@ -137,16 +138,28 @@ def _identities(module: Any, signature: Signature, leaves: list[Array], times: f
     return f"deeper by {count} identity layers" if places else ""
 
 
-def _identity(like: Any) -> Any:
-    """A layer of the same kind that passes on what a layer like this gives."""
+def _fits(layer: Any, call: Call) -> bool:
+    """Whether a layer passes on what a ReLU answers; not so where channels were moved between."""
     import torch
 
+    try:
+        with torch.no_grad():
+            return _passes(layer, call)
+    except FAILURES:
+        return False
+
+
+def _identity(like: Any) -> Any:
+    """A linear layer, or a plain convolution, that passes on what a layer like this gives."""
+    import torch
+
+    convolutions = {3: torch.nn.Conv1d, 4: torch.nn.Conv2d, 5: torch.nn.Conv3d}  # by the axes of their weights
     with torch.no_grad():
         if isinstance(like, torch.nn.Linear):
             layer: Any = torch.nn.Linear(like.out_features, like.out_features)
             layer.weight.copy_(torch.eye(like.out_features))
         else:
-            layer = type(like)(like.out_channels, like.out_channels, 3, padding=1)
+            layer = convolutions[like.weight.ndim](like.out_channels, like.out_channels, 3, padding=1)
             torch.nn.init.dirac_(layer.weight)
         layer.bias.zero_()
     return layer.to(like.weight).train(like.training).requires_grad_(like.weight.requires_grad)

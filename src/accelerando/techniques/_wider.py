@@ -133,19 +133,29 @@ def _grow(hidden: Hidden, drawn: Array, rng: Any) -> None:
     for part in (hidden.root, *hidden.along):
         for name, tensor in [*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)]:
             if tensor.ndim:
-                _put(part, name, torch.cat([tensor.detach(), tensor.detach()[torch.from_numpy(drawn)]]))
+                units = _outputs_first(part, tensor.detach())
+                _put(part, name, _outputs_first(part, torch.cat([units, units[torch.from_numpy(drawn)]])))
         _resize(part, len(drawn), gives=True)
     times = 1 + np.bincount(drawn, minlength=_units(hidden.root) - len(drawn))
     for part, inputs in hidden.into:
-        weight = part.weight.detach().clone()
+        weight = _outputs_first(part, part.weight.detach().clone())
         columns = torch.from_numpy(inputs[drawn].reshape(-1))
         even = np.repeat(1 / times[drawn], inputs.shape[1])
         shape = (len(weight), len(columns), *(1 for _ in weight.shape[2:]))
         shares = torch.from_numpy(even * (1 + rng.uniform(-UNEVEN, UNEVEN, shape[:2]))).reshape(shape).to(weight)
         moved = weight[:, columns] * shares
         weight.index_add_(1, columns, moved, alpha=-1)
-        _put(part, "weight", torch.cat([weight, moved], 1))
+        _put(part, "weight", _outputs_first(part, torch.cat([weight, moved], 1)))
         _resize(part, len(columns), gives=False)
+
+
+def _outputs_first(part: Any, tensor: Any) -> Any:
+    """A layer's tensor as (out, in, ...), or such a one as the layer keeps it.
+
+    Transposed convolutions have their inputs first; where they are depthwise, channels come first in any case.
+    """
+    turned = getattr(part, "transposed", False) and part.groups == 1 and tensor.ndim > 1
+    return tensor.transpose(0, 1).contiguous() if turned else tensor
 
 
 def _put(part: Any, name: str, tensor: Any) -> None:
@@ -176,4 +186,5 @@ def _units(layer: Any) -> int:
 def _convolutions() -> tuple[Any, ...]:
     import torch
 
-    return torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d
+    nn = torch.nn
+    return nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d

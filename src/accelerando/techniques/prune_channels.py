@@ -26,7 +26,7 @@ from accelerando.workload import Form, Model, Samples, flat_module
 IMPORTANCES = ("magnitude", "taylor")
 NAMED = 10  # layers that the log names
 
-_known: WeakKeyDictionary[Any, list[Group]] = WeakKeyDictionary()  # by module
+_known: WeakKeyDictionary[Any, tuple[list[Group], list[str]]] = WeakKeyDictionary()  # by module: `_groups` of it
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class PruneChannels(Technique):
         if model.content not in _known:  # a search asks for many shares of one structure
             _ensure_static(model, leaves)
             _known[model.content] = _groups(model, base, leaves)
-        groups = _known[model.content]
+        groups, whole = _known[model.content]
         if self.importance == "taylor":
             with quiet():
                 scores = taylor(model, base, groups, data)
@@ -92,7 +92,7 @@ class PruneChannels(Technique):
         if not all_right(base, groups, picked, lambda module: _answer(model, module, leaves)):
             raise RefusalError(Reason.WRONG_OUTPUT, "cut in all layers at once, it does not answer as it should")
         made = _like_before(operate(base, groups, picked), model.content)
-        result = model.changed(Form.TORCH, made, _log(groups, picked, model.content, made))
+        result = model.changed(Form.TORCH, made, *_log(groups, picked, whole, model.content, made))
         _ensure_shapes(model, result, data)
         return result
 
@@ -127,8 +127,8 @@ def _ensure_static(model: Model, leaves: Sequence[Array]) -> None:
         ) from error
 
 
-def _groups(model: Model, base: Any, leaves: Sequence[Array]) -> list[Group]:
-    """The groups that were proven to be right, and can lose something."""
+def _groups(model: Model, base: Any, leaves: Sequence[Array]) -> tuple[list[Group], list[str]]:
+    """The groups that were proven to be right and can lose something, and the layers of those that were not."""
     import torch
 
     def call(module: Any, tensors: Sequence[Any]) -> Sequence[Any]:
@@ -148,9 +148,13 @@ def _groups(model: Model, base: Any, leaves: Sequence[Array]) -> list[Group]:
             raise RefusalError(Reason.UNSUPPORTED, f"no layer of {name} can be cut: {why}") from error
     order = {name: i for i, (name, _) in enumerate(base.named_modules())}
     found = sorted((g for g in found if len(g.units) > 1 or g.others), key=lambda g: order.get(g.name, 0))
-    if groups := verified(base, found, answer):
-        return groups
-    why = f"{len(found)} groups of coupled layers were tried, but none proved to be right" if found else why
+    groups = verified(base, found, answer)
+    right = {g.cuts[0].name for g in groups}  # the same in whichever way a group was seen
+    wrong = [g.cuts[0].name for g in found if g.cuts[0].name not in right]
+    if groups:
+        return groups, wrong
+    if wrong:
+        why = f"{len(wrong)} groups of coupled layers were tried, but none proved to be right: {_named(wrong)}"
     raise RefusalError(Reason.UNSUPPORTED, f"no layer of {name} can be cut: {why}")
 
 
@@ -179,8 +183,14 @@ def _ensure_shapes(model: Model, result: Model, data: Samples) -> None:
                 )
 
 
-def _log(groups: Sequence[Group], picked: dict[int, list[int]], before: Any, after: Any) -> str:
-    """Such as `prune_channels: took away 8 of 16 channels in a and 22 more layers (0.85 M -> 0.31 M parameters)`."""
+def _log(
+    groups: Sequence[Group], picked: dict[int, list[int]], whole: Sequence[str], before: Any, after: Any
+) -> list[str]:
+    """Such as `prune_channels: took away 8 of 16 channels in a and 22 more layers (0.85 M -> 0.31 M parameters)`.
+
+    Args:
+        whole: layers that keep their channels, for their groups did not prove right.
+    """
     parts = []
     for number, units in list(picked.items())[:NAMED]:
         group = groups[number]
@@ -189,7 +199,15 @@ def _log(groups: Sequence[Group], picked: dict[int, list[int]], before: Any, aft
         parts.append(f"{len(units) * size} of {len(group.units) * size} {kind} in {group.name}")
     more = f" and {len(picked) - NAMED} more layers" if len(picked) > NAMED else ""
     small, large = (f"{_count(m) / 1e6:.3g} M" for m in (after, before))
-    return f"prune_channels: took away {', '.join(parts)}{more} ({large} -> {small} parameters)"
+    lines = [f"prune_channels: took away {', '.join(parts)}{more} ({large} -> {small} parameters)"]
+    if whole:
+        lines.append(f"prune_channels: left whole, for which layers depend on them can't be told: {_named(whole)}")
+    return lines
+
+
+def _named(layers: Sequence[str]) -> str:
+    more = f" and {len(layers) - NAMED} more" if len(layers) > NAMED else ""
+    return f"{', '.join(layers[:NAMED])}{more}"
 
 
 def _count(module: Any) -> int:
