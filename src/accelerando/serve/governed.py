@@ -69,6 +69,7 @@ class GovernedModel:
     @goal.setter
     def goal(self, goal: str | Goal) -> None:
         wanted = goal if isinstance(goal, Goal) else Goal.parse(goal)
+        self._alive()  # in a forked child it makes the lock anew, which its parent may have held
         with self._changing:
             company = self._alive().company
             self._goal = wanted
@@ -174,6 +175,7 @@ class GovernedModel:
                 f"{path} is called otherwise: it takes {', '.join(map(str, bundle.signature.inputs))}, but "
                 f"{', '.join(map(str, self._signature.inputs))} is served; load it under another name"
             )
+        self._alive()
         with self._changing:
             old = self._alive().company
             company = assemble(bundle, self._goal, self._terms, self._cores, old.version + 1, old)
@@ -185,10 +187,12 @@ class GovernedModel:
 
     def close(self) -> None:
         """Answer what was accepted, then give everything back; calls after it raise ClosedError."""
+        if self._pid != os.getpid():  # all that it has is its parent's
+            self._closed = True
+            return
         with self._changing:
             self._closed = True
-            if self._pid == os.getpid():
-                self._finalize()
+            self._finalize()
 
     def _alive(self) -> Conductor:
         """The conductor, which after a fork is a new one: threads do not live on in a child."""
