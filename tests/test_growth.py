@@ -260,7 +260,7 @@ def case() -> Case:
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_what_is_grown_learns_on_from_what_the_original_knows(case: Case, tmp_path: Path) -> None:
-    recipe = Recipe((Grow(width=2.0, depth=1.0), Distil(seconds=10), ExportOnnx()), Onnxruntime())
+    recipe = Recipe((Grow(width=2.0, depth=1.0), Distil(seconds=20), ExportOnnx()), Onnxruntime())
     with site(case, tmp_path / "bundle") as where:
         built = where.grounds.workshop.build(recipe, tmp_path / "rung", 200.0)
         watched = where.workload.select
