@@ -20,10 +20,8 @@ from accelerando.trial import Evidence
 
 SIZES = (1, 2, 4, 8, 16, 32)
 CALLS = 7  # of each size: the median of seven is not moved by three that were disturbed
-FEWER = 3  # of a size that takes long
-BRIEF = 2e-3  # seconds of a call, from which on it is long: whoever is being served has to wait for it
 SECONDS = 0.4  # for all sizes together, but for the first
-PAUSE = 1e-3  # seconds at least between calls: a request that waits for the cores wakes up and takes them
+PAUSE = 1e-3  # seconds between calls: a request that waits for the cores wakes up and takes them
 MOST_TAIL = 3.0  # a longer tail is the machine's, and is seen in the slow-down
 
 
@@ -62,13 +60,13 @@ def measure(
             break
         leaves = [np.repeat(leaf, size, axis=0) for leaf in row] if size != given else list(row)
         run(leaves)
-        times: list[float] = []
-        while len(times) < (CALLS if not times or min(times) < BRIEF else FEWER):
+        times = []
+        for _ in range(CALLS):
             with cores:
                 start = clock()
                 run(leaves)
                 times.append(clock() - start)
-            time.sleep(max(PAUSE, times[-1]))  # half of the time is left to those who are served
+            time.sleep(PAUSE)
         spent += sum(times)
         known.append((size, float(np.median(times))))
     return fit(known)
