@@ -16,8 +16,8 @@ from accelerando.backends.cascade import Cascade
 from accelerando.bundle import Bundle
 from accelerando.errors import BundleError
 from accelerando.ladder import Ladder, Rung
+from accelerando.memory import resident_bytes
 from accelerando.recipe import Recipe
-from accelerando.serve.footprint import held_bytes
 from accelerando.serve.governed import GovernedModel, govern
 from accelerando.serve.isolation import Apart
 from accelerando.serve.residents import Residents
@@ -63,14 +63,14 @@ def resident(bundle: Bundle, numbers: Sequence[int], rows: np.ndarray) -> int:
             runner = apart.start(bundle.ladder[number])
             for _ in range(CALLS):
                 runner([rows])
-        return held_bytes(apart.pid()) - before
+        return resident_bytes(apart.pid()) - before
 
 
 def empty(apart: Apart) -> int:
     """Bytes that a process holds once it has come up, which it has when it finds that there is no such rung."""
     with suppress(BundleError):
         apart.call("0" * 12, [])
-    return held_bytes(apart.pid())
+    return resident_bytes(apart.pid())
 
 
 # --- a cascade --------------------------------------------------------------------------------------------------------
@@ -124,9 +124,9 @@ def under_cap(path: Path, portable: Sequence[int], rows: np.ndarray) -> tuple[tu
             time.sleep(0.05)
         with Highest(residents._pid()) as highest:
             forced = sum(switch(model, residents, slower, i, rows) for i in range(WARM))
-            before = held_bytes(residents._pid())
+            before = resident_bytes(residents._pid())
             forced += sum(switch(model, residents, slower, i, rows) for i in range(switches))
-            after = held_bytes(residents._pid())
+            after = resident_bytes(residents._pid())
         told = residents.memory
     growth, most = after / before - 1, highest.bytes - nothing
     figures = (
@@ -169,7 +169,7 @@ class Highest:
 
     def _read(self) -> None:
         while not self._ended.wait(0.001):
-            self.bytes = max(self.bytes, held_bytes(self._pid))
+            self.bytes = max(self.bytes, resident_bytes(self._pid))
             self.readings += 1
 
     def __enter__(self) -> Highest:

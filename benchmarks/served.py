@@ -14,7 +14,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from accelerando.serve.footprint import held_bytes
+from accelerando.memory import resident_bytes
 
 START_SECONDS = 120.0
 COMMAND = (sys.executable, "-c", "from accelerando.cli import main; main()", "serve")
@@ -98,7 +98,7 @@ class Server:
 
     def memory(self) -> int:
         """Resident bytes of the server and the process that computes for it."""
-        return sum(held_bytes(pid) for pid in (self.process.pid, *_children(self.process.pid)))
+        return sum(resident_bytes(pid) for pid in (self.process.pid, *_children(self.process.pid)))
 
     def close(self) -> None:
         self.process.terminate()

@@ -19,7 +19,7 @@ FLOORS = {
     "bundle": 3, "manifest": 2.8, "parity": 2.2, "proof": 2.9, "disk": 2.2, "strict_json": 0.5,
     "ladder": 2.6, "goal": 2.6, "goal_text": 0.5, "trial": 2.4, "plugins": 2.2, "recipe": 2.1,
     "workload": 1.5, "intake": 1.6, "schooling": 1.65, "adoption": 1.7,
-    "metric": 1.2, "signature": 1, "machine": 0.5, "interval": 0.5, "errors": 0,
+    "metric": 1.2, "signature": 1, "machine": 0.5, "interval": 0.5, "memory": 0.5, "errors": 0,
     "testing": 9,
 }  # fmt: skip
 

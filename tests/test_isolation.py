@@ -23,8 +23,8 @@ from accelerando import GovernedModel, load
 from accelerando.backends.onnxruntime import Onnxruntime
 from accelerando.bundle import Bundle
 from accelerando.errors import BundleError, ClosedError, RowsError
+from accelerando.memory import resident_bytes
 from accelerando.recipe import Recipe
-from accelerando.serve.footprint import held_bytes
 from accelerando.serve.isolation import CALL_SECONDS, LEAST_SECONDS, Apart, LostError, Unfinished
 from accelerando.serve.salvage import FAILURES
 from accelerando.signature import Signature
@@ -280,9 +280,9 @@ def test_a_rung_that_is_unloaded_gives_its_memory_back(tmp_path: Path) -> None:
     try:
         light, runner = (process.start(rung) for rung in Bundle.open(tmp_path / "b", hashes=False).ladder)
         runner([ROW])
-        before = held_bytes(process.pid())
+        before = resident_bytes(process.pid())
         light.close()
-        assert before - held_bytes(process.pid()) > 0.6 * HEAVY
+        assert before - resident_bytes(process.pid()) > 0.6 * HEAVY
         np.testing.assert_array_equal(runner([ROW])[0].shape, (1, 3))
     finally:
         process.close()
@@ -296,10 +296,10 @@ def test_a_forked_child_ends_nothing_of_its_parents(bundle: Path, asks: list[str
 
 def test_it_is_up_before_its_memory_is_read(apart: Apart) -> None:
     """Else the interpreter and what it imports, some 60 MB, would count as memory that the rungs hold."""
-    before = held_bytes(apart.pid())
+    before = resident_bytes(apart.pid())
     with pytest.raises(BundleError, match="another bundle"):
         apart.call("0" * 12, [])  # it has to be up to say so
-    assert held_bytes(apart.pid()) - before < 20e6
+    assert resident_bytes(apart.pid()) - before < 20e6
     assert before > 20e6
 
 

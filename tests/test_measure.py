@@ -17,8 +17,8 @@ from accelerando.machine import Machine
 from accelerando.measure.arm import Arm, Subject, mixed_batches, open_samples, save_samples, timed_batches
 from accelerando.measure.bench import Bench, examine
 from accelerando.measure.child import Child
-from accelerando.measure.memory import held_bytes, kept_within
 from accelerando.measure.rounds import Effort
+from accelerando.memory import held_bytes, kept_within
 from accelerando.plugins import find
 from accelerando.recipe import Recipe
 from accelerando.workload import Chunk, Model, Samples

@@ -18,10 +18,10 @@ from company import Script, ScriptedRunner, ladder_of
 from accelerando.bundle import Bundle
 from accelerando.errors import BundleError, UsageError
 from accelerando.ladder import Rung
+from accelerando.memory import resident_bytes
 from accelerando.recipe import Runner
 from accelerando.serve import costs
 from accelerando.serve.costs import Cost
-from accelerando.serve.footprint import held_bytes
 from accelerando.serve.residents import VOTE_SECONDS, VOTES, Residents
 from accelerando.testing.bundles import write_bundle
 
@@ -265,7 +265,7 @@ def test_a_process_of_its_own_has_a_library_of_its_own(tmp_path: Path) -> None:
         residents.close()
 
 
-@pytest.mark.skipif(not held_bytes(os.getpid()), reason="this system does not tell what a process holds")
+@pytest.mark.skipif(not resident_bytes(os.getpid()), reason="this system does not tell what a process holds")
 def test_what_was_there_before_the_first_bundle_is_nobodys(tmp_path: Path, scripts: list[Script]) -> None:
     bundle = write_bundle(tmp_path / "b")
 

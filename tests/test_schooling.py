@@ -141,3 +141,8 @@ def test_what_is_tried_leaves_no_trace(net: nn.Module) -> None:
     assert load.train is not None
     assert (load.train.chunks[0].inputs[0] == rows()[0]).all()
     assert not any(p.requires_grad for p in load.model.content.parameters())
+
+
+def test_a_loss_needs_labels(net: nn.Module) -> None:
+    with pytest.raises(UsageError, match="loss= compares answers with labels, and train= has none"):
+        taken_in(net, None, loss=lambda answer, targets: answer.sum())

@@ -190,13 +190,13 @@ CALL = 64 * WIDTH * 4
 CODE = """
 import sys, numpy as np
 from accelerando.bundle import Bundle
-from accelerando.serve.footprint import give_back, held_bytes
+from accelerando.memory import give_back, resident_bytes
 import onnxruntime, os
 {first}
 bundle, x = Bundle.open("b"), np.ones((64, 4), np.float32)
 def held():
     give_back()
-    return held_bytes(os.getpid())
+    return resident_bytes(os.getpid())
 def start(number):
     runner = bundle.start(bundle.ladder[number], spinning=False, shared={shared})
     runner([x[:1]])

@@ -46,7 +46,11 @@ def schooled(
     few = _telling(rows)
     if augment is not None:
         _on_a_side(lambda: varied_by(augment, _tensors(few.inputs)))
-    if few.targets is not None and loss is not None:
+    if loss is not None:
+        if few.targets is None:
+            raise UsageError(
+                "loss= compares answers with labels, and train= has none; give labels too, or leave it out"
+            )
         _try_loss(model, few, loss)
     elif used:
         _check_labels(model, metric, few)

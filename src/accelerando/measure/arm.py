@@ -16,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from accelerando import memory
 from accelerando.interval import Floats
-from accelerando.measure import clock, memory, quality
+from accelerando.measure import clock, quality
 from accelerando.measure.child import Child, empty_bytes
 from accelerando.metric import Metric
 from accelerando.plugins import find

@@ -24,8 +24,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any
 
+from accelerando import memory
 from accelerando.errors import AccelerandoError, Reason, RefusalError
-from accelerando.measure import memory
 
 POLL_SECONDS = 0.05
 LENGTH = struct.Struct("<Q")

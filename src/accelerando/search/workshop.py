@@ -16,7 +16,7 @@ from accelerando.errors import Reason, RefusalError
 from accelerando.machine import Machine
 from accelerando.measure.arm import open_samples
 from accelerando.measure.child import Child, say
-from accelerando.measure.memory import kept_within
+from accelerando.memory import kept_within
 from accelerando.plugins import recipe_from_json
 from accelerando.recipe import Artifact, Recipe, Stage, Technique
 from accelerando.search.head_start import HeadStart, front_key

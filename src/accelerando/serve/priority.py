@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
 from importlib import import_module
 
+log = logging.getLogger(__name__)
 NICENESS = 10  # about a tenth of a contended core: nobody who serves notices, and it comes to an end under any load
 
 
@@ -24,7 +26,8 @@ def import_gently(*names: str) -> None:
         for name in names:
             try:
                 import_module(name)
-            except Exception:  # noqa: BLE001  as said
+            except Exception as error:  # noqa: BLE001  as said
+                log.debug("%s can't be imported: %s", name, error)
                 return
 
     thread = threading.Thread(target=work, name="accelerando-import")

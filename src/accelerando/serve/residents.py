@@ -23,11 +23,11 @@ import numpy as np
 from accelerando.bundle import Bundle
 from accelerando.errors import AccelerandoError, BundleError, UsageError
 from accelerando.ladder import Rung
+from accelerando.memory import give_back, resident_bytes
 from accelerando.recipe import Runner
 from accelerando.serve import costs
 from accelerando.serve.aims import promise
 from accelerando.serve.batches import joinable
-from accelerando.serve.footprint import give_back, held_bytes
 from accelerando.serve.governor import RungState
 from accelerando.serve.isolation import Remote
 from accelerando.serve.sizes import Sizes
@@ -101,7 +101,7 @@ class Residents:
         self._elder, self._yields = elder, False
         self._pinned = self._kept = frozenset({len(self._all) - 1})  # `_kept` makes no room for others
         self._order: tuple[int, ...] = ()
-        self._before: int = elder._before if elder is not None and elder._pid() == pid() else held_bytes(pid())
+        self._before: int = elder._before if elder is not None and elder._pid() == pid() else resident_bytes(pid())
         self.states: tuple[RungState, ...] = ()  # of all that did not fail; replaced as a whole, never changed
         if cap is not None and (least := self._foreseen(self._pinned)) > cap:
             raise UsageError(
@@ -118,7 +118,7 @@ class Residents:
     @property
     def memory(self) -> int:
         """Bytes that the process holds more than before the first rung was loaded."""
-        return max(held_bytes(self._pid()) - self._before, 0)
+        return max(resident_bytes(self._pid()) - self._before, 0)
 
     @property
     def ready(self) -> bool:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from accelerando.bundle import Bundle
 from accelerando.errors import AccelerandoError, BundleError, RowsError
+from accelerando.memory import give_back
 from accelerando.recipe import Runner
 from accelerando.serve.batches import run_within
-from accelerando.serve.footprint import give_back
 from accelerando.serve.passage import Passage
 from accelerando.serve.priority import import_gently
 from accelerando.signature import Array

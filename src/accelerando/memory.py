@@ -1,9 +1,11 @@
-"""Memory of processes, in bytes."""
+"""Memory of processes, in bytes: what they hold, what they may, and what they can give back."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
+import os
 import resource
 import sys
 from collections.abc import Iterator
@@ -19,6 +21,13 @@ def peak_bytes() -> int:
         return _facts("self")["VmHWM"]
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if sys.platform == "darwin" else most * 1024
+
+
+def resident_bytes(pid: int) -> int:
+    """All that a process has in memory, pages of files among it; 0 where this system does not tell."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
 
 
 def held_bytes(pid: int | str = "self") -> int:
@@ -52,8 +61,14 @@ def kept_within(limit: int | None) -> Iterator[None]:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, before)
-        with contextlib.suppress(OSError, AttributeError):  # glibc's: what is no more used need not be held
-            ctypes.CDLL(None).malloc_trim(0)
+        give_back()
+
+
+def give_back() -> None:
+    """Return this process's freed memory to the system, which C libraries do by themselves only when asked."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _facts(pid: int | str) -> dict[str, int]:
