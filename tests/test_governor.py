@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from accelerando.errors import UsageError
@@ -78,15 +78,17 @@ def test_a_floor_behind_counts_its_own_fastest_rung() -> None:
 def test_it_falls_at_once_and_climbs_a_rung_for_each_dwell() -> None:
     assert BALANCED.decide(on(0, pressed=100.0), waiting(16), RUNGS).rung == 5
     calm = waiting(1)
-    assert BALANCED.decide(on(6, 99.9, 99.9), calm, RUNGS).rung == 6
-    climbed = BALANCED.decide(on(6, 99.7, 99.7), calm, RUNGS)
+    assert BALANCED.decide(on(6, 99.95, 99.95), calm, RUNGS).rung == 6
+    climbed = BALANCED.decide(on(6, 99.9, 99.9), calm, RUNGS)  # a quarter of 300 ms have passed
     assert climbed.rung == 5
-    assert "climbs one rung for every 0.25 s" in climbed.why
-    assert climbed.pressed == pytest.approx(99.95)
+    assert "climbs one rung for every 75 ms" in climbed.why
+    assert climbed.pressed == pytest.approx(99.975)
     assert climbed.since == 100.0
-    assert BALANCED.decide(climbed, replace(calm, now=100.1), RUNGS).rung == 5
-    assert BALANCED.decide(climbed, replace(calm, now=100.21), RUNGS).rung == 4
+    assert BALANCED.decide(climbed, replace(calm, now=100.04), RUNGS).rung == 5
+    assert BALANCED.decide(climbed, replace(calm, now=100.06), RUNGS).rung == 4
     assert BALANCED.decide(on(6, 0.0, 0.0), calm, RUNGS).rung == 0  # nobody came for 100 s
+    unhurried = replace(calm, patience=math.inf, queue=((math.inf, 1, ANY),))
+    assert BALANCED.decide(on(6, 99.7, 99.7), unhurried, RUNGS).rung == 5  # then of a second
     assert RESPONSIVE.decide(on(6, 99.9, 99.9), calm, RUNGS).rung == 0
     assert BALANCED.decide(on(6, 99.9, 99.9), waiting(1, floor=0.9), RUNGS).rung == 2  # a floor does not wait
 
@@ -334,6 +336,24 @@ def test_more_load_never_gives_a_better_rung(
         assert rungs[under.rung].quality <= rungs[made.rung].quality
 
 
+@given(governors, lasts, signals(), ladders(), st.sampled_from([0.125, 0.5, 8.0]))
+@settings(max_examples=200, deadline=None)
+def test_nothing_has_a_unit_but_the_patience(
+    governor: Governor, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...], factor: float
+) -> None:
+    """A slower ladder with as much longer a patience, and requests as much rarer, is governed alike."""
+    assume(signal.patience < math.inf)
+    stretched = replace(
+        signal, now=signal.now * factor, patience=signal.patience * factor, rate=signal.rate / factor,
+        queue=tuple((slack * factor, rows, floor) for slack, rows, floor in signal.queue),
+    )  # fmt: skip
+    slower = tuple(replace(r, fixed=r.fixed * factor, per_row=r.per_row * factor) for r in rungs)
+    long_ago = last and replace(last, since=last.since * factor, pressed=last.pressed * factor)
+    made, then = governor.decide(last, signal, rungs), governor.decide(long_ago, stretched, slower)
+    assert (then.rung, then.rows) == (made.rung, made.rows)
+    assert (then.since, then.pressed) == (made.since * factor, made.pressed * factor)
+
+
 @given(st.floats(2, 60), st.sampled_from(list(PRESETS.values())), st.sampled_from([1, 3]))
 @settings(max_examples=40, deadline=None)
 def test_no_oscillation_at_constant_load(rate: float, governor: Governor, clump: int) -> None:
@@ -358,7 +378,7 @@ def test_no_oscillation_at_constant_load(rate: float, governor: Governor, clump:
     if clump == 1 and rate * SECONDS[0] < 0.6:
         assert set(stood) == {0}
     if governor.dwell:
-        assert len(moves) <= 2 * 15.0 / governor.dwell + 2
+        assert len(moves) <= 2 * 15.0 / (governor.dwell * 0.3) + 2
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------

@@ -258,8 +258,8 @@ def govern(
         path: the folder.
         goal: what is asked for; without it, what the bundle was made for.
         memory: that the loaded rungs may hold: bytes, or a text such as "200MB"; without it, no limit.
-        governor: `steady`, `balanced` or `responsive` (it climbs after 0.5, 0.25 or 0 s), or an object with the
-            same `decide`.
+        governor: `steady`, `balanced` or `responsive` (it climbs a rung after a whole, a quarter or nothing of what a
+            request may take), or an object with the same `decide`.
         most_rows: of a batch.
         waiting_rows: that the queue takes.
         audit: the share of requests that are asked of the best rung too, when nothing else is to be done; 0 for none.

@@ -125,10 +125,10 @@ class Governor:
     It falls at once, and climbs one rung for every `dwell` during which more could have been afforded throughout.
 
     Args:
-        dwell: seconds; 0 climbs at once.
-        horizon: how far ahead arrivals are counted, in units of the patience.
-        wait: how long rows wait under a steady load that no rung carries exactly, in units of the patience.
-        block: the longest that a batch of several requests may take, in units of the patience.
+        dwell: in units of the patience, like all that follows; 0 climbs at once.
+        horizon: how far ahead arrivals are counted.
+        wait: how long rows wait under a steady load that no rung carries exactly.
+        block: the longest that a batch of several requests may take.
         gain: how many times cheaper a row must be in a full batch than alone, so that requests are joined.
         allowance: how far the bank may be overdrawn, in units of quality times rows.
 
@@ -164,8 +164,9 @@ class Governor:
         limits = self._limits(signal, ready)
         fit = [r for r in able if not limits.reached(r)]
         if fit:
-            rung, pressed = self._stand(last, signal.now, ready, rungs, fit)
-            why = _why(limits, able, rung, fit[0], self.dwell)
+            dwell = self.dwell * _unit(signal)
+            rung, pressed = self._stand(last, signal.now, dwell, ready, rungs, fit)
+            why = _why(limits, able, rung, fit[0], dwell)
         else:
             rung, pressed = min(in_time, key=limits.cost), signal.now
             why = f"the fastest that is left: even so, {limits.objection(rung)}"
@@ -179,7 +180,7 @@ class Governor:
         return rung.quality >= signal.asked or signal.bank + (rung.quality - signal.asked) * rows >= -self.allowance
 
     def _limits(self, signal: Signal, ready: list[RungState]) -> _Limits:
-        unit = signal.patience if signal.patience < math.inf else UNHURRIED
+        unit = _unit(signal)
         load = max(signal.rows, signal.queue[0][1]) + signal.rate * self.horizon * unit
         full = {r.number: self._full(signal, r) for r in ready}
         return _Limits(signal, ready, full, (self.wait + self.horizon) * unit / load)
@@ -214,24 +215,24 @@ class Governor:
     # --- hysteresis ---------------------------------------------------------------------------------------------
 
     def _stand(
-        self, last: Decision | None, now: float, ready: list[RungState], rungs: tuple[RungState, ...],
+        self, last: Decision | None, now: float, dwell: float, ready: list[RungState], rungs: tuple[RungState, ...],
         fit: list[RungState],
     ) -> tuple[RungState, float]:  # fmt: skip
         """The rung to stand on among those that fit, best first; and since when no better one could be afforded."""
         here = next((r for r in rungs if last is not None and r.number == last.rung), None)
-        if last is None or here is None or self.dwell == 0 or fit[0].quality <= here.quality:
+        if last is None or here is None or dwell == 0 or fit[0].quality <= here.quality:
             return fit[0], now
-        steps = int(min((now - last.pressed) / self.dwell, len(rungs)))
+        steps = int(min((now - last.pressed) / dwell, len(rungs)))
         better = sorted({r.quality for r in ready if r.quality > here.quality})
         most = ([here.quality, *better])[min(max(steps, 0), len(better))]
         rung = next((r for r in fit if r.quality <= most), fit[-1])
         if rung is fit[0]:
             return rung, now
         climbed = sum(1 for q in better if q <= rung.quality)
-        return rung, max(last.pressed, now - self.dwell * (len(rungs) + 1)) + climbed * self.dwell
+        return rung, max(last.pressed, now - dwell * (len(rungs) + 1)) + climbed * dwell
 
 
-STEADY = Governor(dwell=0.5)
+STEADY = Governor(dwell=1.0)
 BALANCED = Governor(dwell=0.25)
 RESPONSIVE = Governor(dwell=0.0)
 PRESETS: Mapping[str, Governor] = {"steady": STEADY, "balanced": BALANCED, "responsive": RESPONSIVE}
@@ -324,7 +325,7 @@ def _shared(rung: RungState, full: int) -> tuple[float, float]:
 
 def _why(limits: _Limits, able: list[RungState], rung: RungState, target: RungState, dwell: float) -> str:
     if target.quality > rung.quality:
-        return f"there is time for rung {target.number}, but it climbs one rung for every {dwell:g} s of calm"
+        return f"there is time for rung {target.number}, but it climbs one rung for every {_time(dwell)} of calm"
     better = [r for r in able if r.quality > rung.quality]
     if not better:
         return "there is time for the best rung that is ready and keeps what is asked for"
@@ -351,6 +352,11 @@ def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> s
         f"answers are to have a quality of {signal.asked:.4g} in the mean; none of the rungs that keep its floor "
         f"reaches that, and the {signal.bank:.3g} that better answers have earned do not bear it"
     )
+
+
+def _unit(signal: Signal) -> float:
+    """The seconds of which a governor's figures are multiples."""
+    return signal.patience if signal.patience < math.inf else UNHURRIED
 
 
 def _quality(rung: RungState) -> float:
