@@ -358,6 +358,58 @@ def test_costs_are_the_line_through_what_was_measured() -> None:
     assert cost.per_row == pytest.approx(0.0005)
 
 
+def test_a_cost_does_not_follow_the_machine_that_is_slower_by_now() -> None:
+    """A neighbour took half of it since the other rung was timed, comes and goes, and changes nothing."""
+    now, calls = [0.0], [0]
+
+    def rung(seconds: float) -> costs.Run:
+        def run(leaves: Any) -> Any:
+            calls[0] += 1
+            now[0] += seconds * len(leaves[0]) * (2.0 if calls[0] // 16 % 2 else 1.8)
+            return list(leaves)
+
+        return run
+
+    row, known = [np.ones((1, 4), np.float32)], Cost(0.0, 0.001)
+    cost = costs.measure(rung(0.003), row, 4, threading.Lock(), (rung(0.001), known), clock=lambda: now[0])
+    assert cost.seconds(4) == pytest.approx(0.012)
+    alone = costs.measure(rung(0.003), row, 4, threading.Lock(), clock=lambda: now[0])
+    assert alone.seconds(4) > 0.02  # what two stopwatches would have told
+
+
+def test_a_rung_is_timed_against_the_fastest_that_is_ready(tmp_path: Path) -> None:
+    scripts = [Script(seconds=0.002), Script(seconds=0.004), Script(seconds=0.001)]
+    residents = loaded(write_bundle(tmp_path / "b"), scripts)
+    first = len(scripts[2].calls)
+    assert first > len(scripts[0].calls) > 0  # both others were timed beside it
+    assert residents[0].cost is not None
+    residents.close()
+
+
+def test_a_rung_is_timed_alone_where_the_other_leaves_meanwhile(tmp_path: Path, scripts: list[Script]) -> None:
+    bundle, cores = write_bundle(tmp_path / "b"), threading.Lock()
+    made: list[Residents] = []
+
+    class Leaving(ScriptedRunner):
+        def __call__(self, leaves: Any) -> Any:
+            if self.script.closed:
+                raise RuntimeError("it is closed")
+            if made and made[0][0].state == "loading" and self.script is scripts[2]:
+                made[0].turn_away(2, "quarantined", "a test")
+            return super().__call__(leaves)
+
+    def start(rung: Rung) -> Runner:
+        number = bundle.ladder.index(rung.recipe)
+        assert number is not None
+        return Leaving(scripts[number])
+
+    made.append(Residents(bundle, start, cores))
+    made[0].begin((2,), first=1)
+    assert made[0].load(0)
+    assert states(made[0])[::2] == ["ready", "quarantined"]
+    made[0].close()
+
+
 @pytest.mark.parametrize(
     ("known", "expected"),
     [

@@ -3,6 +3,10 @@
 The certificate's figures are of one batch size and of the machine where they were gathered; a governor needs those of
 this one.  A call takes `fixed + per_row * rows` seconds: on processors that is close to the truth, and two numbers
 can be measured in a fraction of a second.
+
+Rungs are loaded at different times, and a machine that others use too runs at half its speed for minutes.  So a rung is
+timed in turns with one whose cost is known, and their ratio counts: a duel, not two stopwatches.  How fast the machine
+is just now, the slow-down tells.
 """
 
 from __future__ import annotations
@@ -21,6 +25,7 @@ from accelerando.trial import Evidence
 SIZES = (1, 2, 4, 8, 16, 32)
 CALLS = 7  # of each size: the median of seven is not moved by three that were disturbed
 SECONDS = 0.4  # for all sizes together, but for the first
+Run = Callable[[Sequence[Array]], list[Array]]
 PAUSE = 1e-3  # seconds between calls: a request that waits for the cores wakes up and takes them
 MOST_TAIL = 3.0  # a longer tail is the machine's, and is seen in the slow-down
 
@@ -37,10 +42,11 @@ class Cost:
 
 
 def measure(
-    run: Callable[[Sequence[Array]], list[Array]],
+    run: Run,
     row: Sequence[Array],
     most_rows: int,
     cores: AbstractContextManager[Any],
+    beside: tuple[Run, Cost] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Cost:
     """The cost of a loaded rung.
@@ -51,25 +57,39 @@ def measure(
         most_rows: the greatest batch to try.
         cores: held during each timed call, and no longer: the first call of a size, which may have to make room for
             it or to build a session, is not timed and needs no quiet.
+        beside: another rung and its cost, against which it is timed.
     """
-    known: list[tuple[int, float]] = []
-    spent = 0.0
-    given = len(row[0])
-    for size in (n for n in SIZES if given == 1 and n <= most_rows) if given == 1 else (given,):
-        if known and spent + CALLS * known[-1][1] * 2 > SECONDS:
-            break
-        leaves = [np.repeat(leaf, size, axis=0) for leaf in row] if size != given else list(row)
-        run(leaves)
-        times = []
-        for _ in range(CALLS):
+    arms = (run,) if beside is None else (run, beside[0])
+
+    def turn(leaves: Sequence[Array]) -> list[float]:
+        """Seconds of a call of each."""
+        seconds = []
+        for arm in arms:
             with cores:
                 start = clock()
-                run(leaves)
-                times.append(clock() - start)
+                arm(leaves)
+                seconds.append(clock() - start)
             time.sleep(PAUSE)
-        spent += sum(times)
-        known.append((size, float(np.median(times))))
-    return fit(known)
+        return seconds
+
+    batches, turns = dict[int, Sequence[Array]](), dict[int, list[list[float]]]()
+    given, foreseen = len(row[0]), 0.0
+    for size in (n for n in SIZES if n <= most_rows) if given == 1 else (given,):
+        leaves = [np.repeat(leaf, size // given, axis=0) for leaf in row]
+        for arm in arms:
+            arm(leaves)
+        first = turn(leaves)
+        foreseen += CALLS * sum(first)
+        if batches and foreseen > SECONDS:
+            break
+        batches[size], turns[size] = leaves, [first]
+    for _ in range(CALLS - 1):  # size by size in each round, so that what disturbs one disturbs them all
+        for size, leaves in batches.items():
+            turns[size].append(turn(leaves))
+    if beside is None:
+        return fit([(size, float(np.median(taken))) for size, taken in turns.items()])
+    ratios = {size: np.median([own / max(other, 1e-9) for own, other in taken]) for size, taken in turns.items()}
+    return fit([(size, float(ratio) * beside[1].seconds(size)) for size, ratio in ratios.items()])
 
 
 def fit(known: Sequence[tuple[int, float]]) -> Cost:

@@ -16,7 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
@@ -210,7 +210,7 @@ class Residents:
         self._give_back(leaving)
         try:
             runner = self._start(resident.rung)
-            cost = self._proven(resident.rung, runner.aside() if isinstance(runner, Remote) else runner)
+            cost = self._proven(resident.rung, _aside(runner))
         except AccelerandoError as error:
             return self._leave(resident, "failed", str(error))
         except Exception as error:  # noqa: BLE001  whatever a backend raises: the other rungs go on
@@ -239,7 +239,21 @@ class Residents:
         if parity and (wrong := self._stored.deviation(key, runner(parity.inputs))):
             runner.close()
             raise BundleError("differs", f"it does not answer as it did when it was certified: {wrong}")
-        return costs.measure(runner, self._row, self.most_rows, self._cores)
+        return self._cost(runner)
+
+    def _cost(self, runner: Runner) -> costs.Cost:
+        """What its calls take, timed against the fastest rung that is ready."""
+        measure = partial(costs.measure, runner, self._row, self.most_rows, self._cores)
+        known = next((r for r in reversed(self._all) if r.state == "ready"), None)
+        other, cost = (known.runner, known.cost) if known else (None, None)
+        if known is None or other is None or cost is None:
+            return measure()
+        try:
+            return measure((_aside(other), cost))
+        except Exception:
+            if known.runner is other:
+                raise
+            return measure()  # it has left meanwhile
 
     def _one_row(self) -> list[Array]:
         """Inputs of one row, or of the one batch that the model takes."""
@@ -375,6 +389,11 @@ class Residents:
             shared = self._elder._pid() == self._pid()
             held = held.beside(self._elder._sizes.together(elders), shared=shared)
         return held.bytes
+
+
+def _aside(runner: Runner) -> Runner:
+    """A rung, asked while others are served."""
+    return runner.aside() if isinstance(runner, Remote) else runner
 
 
 def _recorded(rung: Rung) -> float:
