@@ -17,7 +17,7 @@ import numpy as np
 
 from accelerando.errors import ClosedError, DeadlineError, GoalError, RowsError, ServingError, UnknownModelError
 from accelerando.interval import Interval
-from accelerando.serve.runtime import check_axes, fit
+from accelerando.serve.binding import check_axes, fit
 from accelerando.serve.status import BUCKETS, Histogram, RungStatus, Stand, Status
 from accelerando.serve.tickets import Answer, Explanation, Ticket
 from accelerando.server.repository import Entry

@@ -24,7 +24,8 @@ from accelerando.errors import BundleError, DataError, MissingExtraError, ModelE
 from accelerando.machine import Machine
 from accelerando.plugins import find
 from accelerando.recipe import Artifact, Backend, Recipe, Runner
-from accelerando.serve.runtime import FastModel, MachineWarning, fit, load
+from accelerando.serve.binding import fit
+from accelerando.serve.runtime import FastModel, MachineWarning, load
 from accelerando.signature import Fields, Port, Signature
 from accelerando.testing.bundles import SIGNATURE, write_bundle
 from accelerando.testing.fakes import FakeRunner, fake_recipe, fakes_known

@@ -75,7 +75,7 @@ def measure(
     batches, turns = dict[int, Sequence[Array]](), dict[int, list[list[float]]]()
     given, foreseen = len(row[0]), 0.0
     for size in (n for n in SIZES if n <= most_rows) if given == 1 else (given,):
-        leaves = [np.repeat(leaf, size // given, axis=0) for leaf in row]
+        leaves: Sequence[Array] = [np.repeat(leaf, size // given, axis=0) for leaf in row]
         for arm in arms:
             arm(leaves)
         first = turn(leaves)

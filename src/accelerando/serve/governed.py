@@ -20,6 +20,7 @@ from accelerando.goal_text import BYTES, amount
 from accelerando.serve import reception
 from accelerando.serve.account import status_of
 from accelerando.serve.aims import Aims
+from accelerando.serve.binding import Binding
 from accelerando.serve.company import Terms, assemble
 from accelerando.serve.conductor import Conductor, Soon
 from accelerando.serve.governor import PRESETS, Decides
@@ -50,7 +51,7 @@ class GovernedModel:
     def _open(self, bundle: Bundle) -> None:
         self._pid = os.getpid()
         self._cores = threading.Lock()
-        self._signature = bundle.signature
+        self._binding = Binding(bundle.signature)
         company = assemble(bundle, self._goal, self._terms, self._cores, 1)
         self._conductor = Conductor(company, self._terms.governor, self._cores, self._terms.waiting_rows)
         self._finalize = weakref.finalize(self, _end, self._conductor, self._pid)  # also when the program ends
@@ -83,7 +84,7 @@ class GovernedModel:
     @property
     def signature(self) -> Signature:
         """Its inputs and outputs."""
-        return self._signature
+        return self._binding.signature
 
     @property
     def version(self) -> int:
@@ -115,16 +116,17 @@ class GovernedModel:
     def explain(self, *args: Any, deadline: str | float | None = None, **kwargs: Any) -> tuple[Any, Explanation]:
         """The answer, and how it came about: the rung, its certified quality, the times, the batch, the reason."""
         conductor = self._alive()
-        ticket, tensors = reception.of_call(conductor.company, args, kwargs, deadline)
+        ticket, tensors = reception.of_call(conductor.company, self._binding, args, kwargs, deadline)
         answer = conductor.answer(ticket)
-        return reception.shaped(self._signature, answer, tensors), answer.why
+        return self._binding.answer(answer.leaves, tensors), answer.why
 
     async def infer(self, *args: Any, deadline: str | float | None = None, **kwargs: Any) -> Any:
         """The answer, awaited; a task that is cancelled takes its request out of the queue."""
         conductor = self._alive()
-        ticket, tensors = reception.of_call(conductor.company, args, kwargs, deadline)
+        ticket, tensors = reception.of_call(conductor.company, self._binding, args, kwargs, deadline)
         conductor.submit(ticket, 0.0 if self._terms.isolated else AT_ONCE)
-        return reception.shaped(self._signature, await asyncio.wrap_future(ticket.future), tensors)
+        answer = await asyncio.wrap_future(ticket.future)
+        return self._binding.answer(answer.leaves, tensors)
 
     def submit(
         self,
@@ -141,7 +143,7 @@ class GovernedModel:
             seconds, min_quality, priority: as `server.repository.Served.submit_soon`, and it raises as that.
         """
         conductor = self._alive()
-        ticket = reception.of_leaves(conductor.company, leaves, seconds, min_quality, priority)
+        ticket = reception.of_leaves(conductor.company, self._binding, leaves, seconds, min_quality, priority)
         conductor.submit(ticket, 0.0 if self._terms.isolated else AT_ONCE)
         return ticket
 
@@ -170,10 +172,10 @@ class GovernedModel:
             UsageError: it is called otherwise, or there is no memory for both; the old one goes on.
         """
         bundle = Bundle.open(path, hashes=False)
-        if bundle.signature != self._signature:
+        if bundle.signature != self.signature:
             raise UsageError(
                 f"{path} is called otherwise: it takes {', '.join(map(str, bundle.signature.inputs))}, but "
-                f"{', '.join(map(str, self._signature.inputs))} is served; load it under another name"
+                f"{', '.join(map(str, self.signature.inputs))} is served; load it under another name"
             )
         self._alive()
         with self._changing:

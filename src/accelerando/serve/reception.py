@@ -1,9 +1,8 @@
-"""What a caller gives becomes a request, and its answer what the model itself would have given."""
+"""What a caller gives becomes a request."""
 
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -11,14 +10,14 @@ from typing import Any
 from accelerando.errors import DataError, DeadlineError
 from accelerando.goal_text import TIME, amount
 from accelerando.serve.aims import orientation
+from accelerando.serve.binding import Binding
 from accelerando.serve.company import Company
-from accelerando.serve.runtime import array_of, check_axes, fit, tensor_of
-from accelerando.serve.tickets import Answer, Ticket
-from accelerando.signature import Array, Signature
+from accelerando.serve.tickets import Ticket
+from accelerando.signature import Array
 
 
 def of_call(
-    company: Company, args: tuple[Any, ...], kwargs: Mapping[str, Any], deadline: str | float | None
+    company: Company, binding: Binding, args: Sequence[Any], kwargs: Mapping[str, Any], deadline: str | float | None
 ) -> tuple[Ticket, Sequence[Any]]:
     """The request of a call, and the tensors among what was given.
 
@@ -26,26 +25,23 @@ def of_call(
         DataError: the arguments are not those of the model.
         DeadlineError: the deadline has passed.
     """
-    signature = company.residents.bundle.signature
-    given = signature.bind(args, kwargs)
-    torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
-    tensors = [x for x in given if isinstance(x, torch.Tensor)] if torch else []
-    arrays = [array_of(torch, x) for x in given] if tensors else given
-    leaves = [fit(x, port) for x, port in zip(arrays, signature.inputs, strict=True)]
-    check_axes(leaves, signature.inputs)
+    leaves, tensors = binding.leaves(args, kwargs)
     return of_bound(company, leaves, None if deadline is None else amount(deadline, TIME, "deadline")), tensors
 
 
 def of_leaves(
-    company: Company, leaves: Sequence[Array], seconds: float | None, min_quality: float | None, priority: int
+    company: Company,
+    binding: Binding,
+    leaves: Sequence[Array],
+    seconds: float | None,
+    min_quality: float | None,
+    priority: int,
 ) -> Ticket:
     """The request of flat inputs, in the signature's order; arguments as `of_bound`, raises as `of_call`."""
-    ports = company.residents.bundle.signature.inputs
+    ports = binding.signature.inputs
     if len(leaves) != len(ports):
         raise DataError(f"{len(leaves)} inputs were given, but the model takes {', '.join(map(str, ports))}")
-    fitted = [fit(leaf, port) for leaf, port in zip(leaves, ports, strict=True)]
-    check_axes(fitted, ports)
-    return of_bound(company, fitted, seconds, min_quality, priority)
+    return of_bound(company, binding.fit(leaves), seconds, min_quality, priority)
 
 
 def of_bound(
@@ -86,11 +82,3 @@ def _floor(company: Company, quality: float) -> float:
             f"better than {sign * best:.4g}; ask for less"
         )
     return sign * quality
-
-
-def shaped(signature: Signature, answer: Answer, tensors: Sequence[Any]) -> Any:
-    """An answer in the original's structure; tensors where tensors were given."""
-    leaves: list[Any] = answer.leaves
-    if tensors:
-        leaves = [tensor_of(sys.modules["torch"], x, tensors[0].device) for x in leaves]
-    return signature.answer(leaves)

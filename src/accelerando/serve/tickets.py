@@ -46,7 +46,7 @@ class Ticket:
     """A request that waits, or runs.
 
     Args:
-        leaves: flat inputs as the model takes them (`runtime.fit`), rows on axis 0 of each.
+        leaves: flat inputs as the model takes them (`Binding.fit`), rows on axis 0 of each.
         rows: how many.
         arrived: seconds of the monotonic clock; `deadline` likewise, infinite where there is none.
         floor: the least quality that will do, oriented like `RungState.quality`.

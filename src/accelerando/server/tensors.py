@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from accelerando.errors import DataError
-from accelerando.serve.runtime import check_axes, fit
+from accelerando.serve.binding import check_axes, fit
 from accelerando.signature import Array, Port, Signature
 
 Buffer = bytes | bytearray | memoryview
