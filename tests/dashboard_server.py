@@ -130,8 +130,8 @@ class Moving(FakeServed):
         self.now = Status(
             name=name, version=1, goal=scene.goal, metric="accuracy", rungs=scene.rungs, standing=first,
             stands=(Stand(time.time(), first, "the start"),), queue_rows=0, rate=0.0, slowdown=1.0, utilisation=0.0,
-            rows=0, answered=0, late=0, refused=0, expired=0, failed=0, cancelled=0, switches=0, attainment=1.0,
-            effective_quality=0.0, queued=EMPTY, computed=EMPTY, memory_bytes=0, memory_cap=scene.cap,
+            rows=0, all_rows=0, answered=0, late=0, refused=0, expired=0, failed=0, cancelled=0, switches=0,
+            attainment=1.0, effective_quality=0.0, queued=EMPTY, computed=EMPTY, memory_bytes=0, memory_cap=scene.cap,
             drift=scene.drift,
         )  # fmt: skip
 
@@ -156,7 +156,7 @@ class Moving(FakeServed):
         waits = self.rng.exponential(0.2 * rung.seconds * busy / max(0.02, 1.02 - busy), done)
         works = rung.seconds * np.exp(0.12 * self.rng.standard_normal(done))
         late = int((waits + works > 0.02).sum())
-        quality = was.effective_quality * was.rows + rung.quality.mid * (done - late)
+        quality = was.effective_quality * was.all_rows + rung.quality.mid * (done - late)
         why = self.scene.reason
         why = why.format(rows=load, spare=1000 / max(load, 1)) if "{rows" in why else why
         stood = rung.number != was.standing
@@ -173,11 +173,12 @@ class Moving(FakeServed):
             rate=load,
             slowdown=slow,
             utilisation=busy,
-            rows=was.rows + came,
+            rows=was.rows + done,
+            all_rows=was.all_rows + came,
             answered=was.answered + done,
             late=was.late + late,
             refused=was.refused + refused,
-            effective_quality=quality / max(1, was.rows + came),
+            effective_quality=quality / max(1, was.all_rows + came),
             queued=added(was.queued, waits),
             computed=added(was.computed, works),
             memory_bytes=sum(r.bytes for r in ready),

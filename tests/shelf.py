@@ -80,7 +80,7 @@ def fake_status(name: str = "simple", **changed: object) -> Status:
     status = Status(
         name=name, version=1, goal="p99 <= 20ms", metric="accuracy", rungs=rungs, standing=1,
         stands=(Stand(1_700_000_000.0, 1, "the start"),), queue_rows=0, rate=0.0, slowdown=1.0, utilisation=0.0, rows=0,
-        answered=0, late=0, refused=0, expired=0, failed=0, cancelled=0, switches=0, attainment=1.0,
+        all_rows=0, answered=0, late=0, refused=0, expired=0, failed=0, cancelled=0, switches=0, attainment=1.0,
         effective_quality=0.93, queued=nothing, computed=nothing, memory_bytes=5_000_000, memory_cap=None,
     )  # fmt: skip
     return dataclasses.replace(status, **changed)  # type: ignore[arg-type]

@@ -281,20 +281,20 @@ def test_shortfalls_are_of_one_scale() -> None:
 
 
 def test_direction_of_quality_depends_on_the_metric() -> None:
-    Goal.parse("quality >= 0.97").check(METRICS["accuracy"])
-    Goal.parse("quality <= 0.3, drop <= 5").check(METRICS["mae"])
+    Goal.parse("quality >= 0.97").check("accuracy", METRICS["accuracy"].higher_is_better)
+    Goal.parse("quality <= 0.3, drop <= 5").check("mae", METRICS["mae"].higher_is_better)
     with pytest.raises(GoalError, match=r"'quality <= 0.3' points the wrong way: higher is better for accuracy"):
-        Goal.parse("quality <= 0.3").check(METRICS["accuracy"])
+        Goal.parse("quality <= 0.3").check("accuracy", METRICS["accuracy"].higher_is_better)
     with pytest.raises(GoalError, match=r"lower is better for mae.*did you mean 'quality <= 0.3'"):
-        Goal.parse("quality >= 0.3").check(METRICS["mae"])
+        Goal.parse("quality >= 0.3").check("mae", METRICS["mae"].higher_is_better)
 
 
 def test_percentages_written_as_numbers_are_noticed() -> None:
     with pytest.raises(GoalError, match=r"accuracy lies between 0 and 1.*did you mean 'quality >= 0.97'"):
-        Goal.parse("quality >= 97").check(METRICS["accuracy"])
+        Goal.parse("quality >= 97").check("accuracy", METRICS["accuracy"].higher_is_better)
     with pytest.raises(GoalError, match=r"did you mean 'drop <= 2%'"):
-        Goal.parse("drop <= 2").check(METRICS["f1"])
-    Goal.parse("drop <= 2, quality >= 30").check(METRICS["psnr"])
+        Goal.parse("drop <= 2").check("f1", METRICS["f1"].higher_is_better)
+    Goal.parse("drop <= 2, quality >= 30").check("psnr", METRICS["psnr"].higher_is_better)
 
 
 # --- what the search and the measurer ask ---------------------------------------------------------------------------

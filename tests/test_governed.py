@@ -188,6 +188,18 @@ def of_quality(path: Path, *drops: float) -> Bundle:
     return replace(bundle, ladder=replace(bundle.ladder, rungs=(own, *rest)))
 
 
+def rewritten(path: Path, *drops: float, **evidence: Any) -> Path:
+    """A bundle's folder, its rungs with these drops and whatever else their evidence should say."""
+    bundle = write_bundle(path)
+    ladder = ladder_of(bundle, drops, **evidence).ladder
+    best = len(ladder) - 1
+    return Bundle.write(
+        path, goal=bundle.goal, verdict=bundle.goal.judge(ladder.rungs[best].evidence), best=best, ladder=ladder,
+        signature=bundle.signature, machine=bundle.machine, workload=bundle.workload, run=bundle.run,
+        parity=bundle.parity,
+    ).path  # fmt: skip
+
+
 def assembled(bundle: Bundle, goal: str, memory: int | None = None, old: Company | None = None) -> Company:
     """The company of a bundle, as it is when it begins to serve."""
     terms = Terms(PRESETS["balanced"], memory, 64, 100, 0.0, False, None, "a name")
@@ -237,12 +249,43 @@ def test_who_takes_over_keeps_the_goal_within_the_same_cap_or_does_not(path: Pat
     new.end()
 
 
-def test_a_goal_that_no_rung_keeps_is_served_as_far_as_that_goes(path: Path) -> None:
-    company = assembled(of_quality(path, 0.0, 0.1, 0.3), "p99 <= 10s, drop <= 1%")
-    assert [rung.state for rung in company.residents] == ["failed", "ready", "ready"]
-    assert not company.serves()
-    assert company.needed() == {2}
-    company.end()
+def test_a_goal_that_no_rung_keeps_is_refused_before_anybody_is_served(path: Path) -> None:
+    """Else every request would be, for as long as it is served, as if the load were to blame."""
+    best = (
+        r"'p99 <= 10s, drop <= 1%' asks for a mean accuracy of 0\.891, but no rung .* better than 0\.774; ask for less"
+    )
+    with pytest.raises(GoalError, match=best):
+        assembled(of_quality(path, 0.0, 0.1, 0.3), "p99 <= 10s, drop <= 1%")
+    assert not [t for t in threading.enumerate() if t.name == "accelerando-loader"]
+
+
+@pytest.mark.parametrize(
+    ("goal", "said"),
+    [
+        ("quality <= 0.5", "points the wrong way"),
+        ("drop <= 5", "did you mean 'drop <= 5%'"),
+        ("p99 <= 10s, quality >= 0.99", "promises better than"),
+    ],
+)
+def test_a_goal_that_can_not_be_kept_is_told_at_once(path: Path, goal: str, said: str) -> None:
+    with pytest.raises(GoalError, match=said):
+        load(path, goal=goal)
+    with load(path, goal="p99 <= 10s") as model:
+        with pytest.raises(GoalError, match=said):
+            model.goal = goal
+        assert str(model.goal) == str(model.status().goal) == "p99 <= 10s"
+
+
+def test_a_bundle_does_not_take_over_that_keeps_less_than_is_asked_for(path: Path, tmp_path: Path) -> None:
+    worse = rewritten(tmp_path / "worse", 0.0, 0.0, 0.0, quality=0.8)
+    judged = rewritten(tmp_path / "judged", 0.0, 0.0, 0.0, metric="mae", higher_is_better=False)
+    with load(path, goal="p99 <= 10s, quality >= 0.89") as model:
+        with pytest.raises(GoalError, match=r"no rung of .*worse that can run here promises better than"):
+            model.update(worse)
+        with pytest.raises(UsageError, match="judged by mae, but accuracy"):
+            model.update(judged)
+        assert model.version == 1
+        assert np.isfinite(model(ROW)).all()
 
 
 def test_a_quality_that_can_not_be_had_is_a_mistake(path: Path) -> None:

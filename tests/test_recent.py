@@ -13,6 +13,7 @@ from shelf import fake_status
 
 from accelerando.interval import Interval
 from accelerando.serve.status import BUCKETS, Histogram, RungStatus
+from accelerando.serve.tally import Tally
 from accelerando.server import goal_watch, recent
 
 
@@ -38,6 +39,19 @@ def test_the_difference_of_two_statuses_tells_of_the_time_between() -> None:
 def test_effective_quality_of_the_last_minute_is_not_that_since_the_start() -> None:
     before, after = busy(times=1, effective_quality=0.9), busy(times=2, effective_quality=0.6)
     assert recent.compare(before, after, 1.0).quality == pytest.approx(0.3)
+
+
+def test_what_was_missed_counts_0_and_no_less() -> None:
+    """A tally's own figures: 50 rows answered and 100 refused, then 10 and 40, by a rung of 0.9."""
+    tally, told = Tally(), []
+    for answered, refused in ((50, 100), (10, 40)):
+        tally.answered(0.9, answered, 0.0, 0.001, late=False)
+        tally.turned_away("refused", refused)
+        told.append(fake_status(rows=tally.rows, all_rows=tally.all_rows, effective_quality=tally.effective_quality))
+    assert recent.compare(*told, 1.0).quality == pytest.approx(0.9 * 10 / 50)
+    tally.turned_away("refused", 5)
+    none = fake_status(rows=tally.rows, all_rows=tally.all_rows, effective_quality=tally.effective_quality)
+    assert recent.compare(told[-1], none, 1.0).quality == pytest.approx(0.0)
 
 
 def test_where_less_is_better_missed_answers_have_no_quality() -> None:

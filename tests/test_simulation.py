@@ -169,7 +169,7 @@ def test_bursts_of_cv2_4_at_twice_the_best_rungs_capacity() -> None:
     beats_the_others(found, "governor, responsive")
     assert found["slack only"].attainment < 0.9
     assert found["rate every 10 s"].attainment < 0.9
-    assert found["governor, balanced"].switches_per_second < 4
+    assert found["governor, balanced"].switches_per_second < 2 / 0.3  # twice in what a request may take
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from enum import Enum
 from accelerando.errors import GoalError
 from accelerando.goal_text import PREFERENCES, QUANTITIES, BoundText, Quantity, read, spell
 from accelerando.interval import Interval, least_count, sides_known
-from accelerando.metric import Metric
 from accelerando.trial import Evidence
 
 QUANTILES = {"latency": 0.5, "p95": 0.95, "p99": 0.99}  # of seconds per call
@@ -161,24 +160,24 @@ class Goal:
         """
         return max((least_count(QUANTILES[b.quantity]) for b in self.bounds if b.quantity in QUANTILES), default=0)
 
-    def check(self, metric: Metric) -> None:
-        """Whether the goal makes sense for this metric.
+    def check(self, metric: str, higher_is_better: bool) -> None:
+        """Whether the goal makes sense for a metric of this name and direction.
 
         Raises:
             GoalError: a bound on quality points the wrong way, or lies where the metric never gets to.
         """
         for bound in self.quality_bounds:
-            if bound.quantity == "quality" and bound.least != metric.higher_is_better:
-                better, sign = ("higher", ">=") if metric.higher_is_better else ("lower", "<=")
+            if bound.quantity == "quality" and bound.least != higher_is_better:
+                better, sign = ("higher", ">=") if higher_is_better else ("lower", "<=")
                 right = replace(bound, least=not bound.least)
                 raise GoalError(
-                    f"'{bound}' points the wrong way: {better} is better for {metric.name}, so its bound must be "
+                    f"'{bound}' points the wrong way: {better} is better for {metric}, so its bound must be "
                     f"written with {sign}; did you mean '{right}'?"
                 )
-            if metric.name in UNIT_METRICS and not bound.relative and abs(bound.value) > 1:
+            if metric in UNIT_METRICS and not bound.relative and abs(bound.value) > 1:
                 right = replace(bound, value=bound.value / 100, relative=bound.quantity == "drop")
                 raise GoalError(
-                    f"'{bound}' can't be: {metric.name} lies between 0 and 1, so a bound in its own unit does too; "
+                    f"'{bound}' can't be: {metric} lies between 0 and 1, so a bound in its own unit does too; "
                     f"did you mean '{right}'?"
                 )
 

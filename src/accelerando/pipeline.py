@@ -81,7 +81,7 @@ def accelerate(
     need_extra()
     asked, allowance = Goal.parse(goal, prefer), Budget.parse(budget)
     workload, machine = adopt(model, data, train=train, metric=metric, loss=loss, augment=augment), Machine.look()
-    asked.check(workload.metric)
+    asked.check(workload.metric.name, workload.metric.higher_is_better)
     asked = _at_fixed_batch(asked, workload.fixed_batch)
     space = Space.plan(workload.teachable, machine, discover("techniques"), discover("backends"), asked.batch)
     watcher = watcher_of(progress, allowance)

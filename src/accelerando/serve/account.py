@@ -29,6 +29,7 @@ def status_of(name: str, conductor: Conductor) -> Status:
         slowdown=slowdown,
         utilisation=utilisation,
         rows=tally.rows,
+        all_rows=tally.all_rows,
         answered=requests["answered"],
         late=requests["late"],
         refused=requests["refused"],

@@ -57,7 +57,12 @@ class Aims:
 
     @classmethod
     def of(cls, goal: Goal, ladder: Ladder) -> Aims:
-        """The aims of a goal on a ladder."""
+        """The aims of a goal on a ladder.
+
+        Raises:
+            GoalError: a bound on quality points the wrong way, or lies where the metric never gets to.
+        """
+        goal.check(ladder.original.evidence.metric, ladder.original.evidence.higher_is_better)
         original = promised_by_original(ladder)
         wanted = [-math.inf]
         for bound in goal.quality_bounds:

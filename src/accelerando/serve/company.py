@@ -14,11 +14,11 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from accelerando.bundle import Bundle
-from accelerando.errors import RowsError
+from accelerando.errors import GoalError, RowsError
 from accelerando.goal import Goal
 from accelerando.ladder import Rung
 from accelerando.recipe import Runner
-from accelerando.serve.aims import Aims
+from accelerando.serve.aims import Aims, orientation
 from accelerando.serve.batches import run_within
 from accelerando.serve.governor import Decides, RungState
 from accelerando.serve.isolation import Apart, Remote
@@ -66,6 +66,24 @@ class Company:
         """The best quality that is promised by a rung which may be stood on, now or later; oriented."""
         there = {r.number for r in self.residents if self.residents.may_come(r.number)}
         return max(map(self.residents.promise, there & self.aims.rungs or there), default=-math.inf)
+
+    def check(self) -> None:
+        """Whether the goal can be kept at all: no load would ever let what asks for more be answered.
+
+        Raises:
+            GoalError: no rung that may be stood on promises the quality that is asked for in the mean.
+        """
+        best, asked = self.attainable(), self.aims.quality
+        if best >= asked:
+            return
+        ladder, cap = self.residents.bundle.ladder, self.residents.cap
+        sign, metric = orientation(ladder), ladder.original.evidence.metric
+        under = "" if cap is None else f", under a memory of {cap:,} bytes"
+        raise GoalError(
+            f"the goal '{self.aims.goal}' asks for a mean {metric} of {sign * asked:.4g}, but no rung of "
+            f"{self.residents.bundle.path} that can run here{under} promises better than "
+            f"{sign * best:.4g}; ask for less"
+        )
 
     def may_audit(self) -> bool:
         """Whether there is an answer to look at, and looking takes no longer than a request may wait."""
@@ -175,6 +193,7 @@ def assemble(
 
     Raises:
         BundleError: none of its rungs can run here.
+        GoalError: the goal makes no sense for its metric, or no rung that can run here keeps it.
         UsageError: the fastest rung alone takes more memory than it may, or the old company leaves too little.
     """
     with ExitStack() as undo:
@@ -195,6 +214,7 @@ def assemble(
                 residents.turn_away(number, "failed", "it runs the original's own code, which is not in the bundle")
         order, urgent = _order(residents, aims)
         residents.begin(order, company.serves, urgent)
+        company.check()
         undo.pop_all()
     return company
 

@@ -63,7 +63,7 @@ class GovernedModel:
         """What is asked for.  Set it, as a text or a `Goal`: it is in force from the next batch on.
 
         Raises:
-            GoalError: it does not parse, or contradicts itself; the old one stays.
+            GoalError: it does not parse, contradicts itself, or asks for what no rung promises; the old one stays.
         """
         return self._goal
 
@@ -73,9 +73,10 @@ class GovernedModel:
         self._alive()  # in a forked child it makes the lock anew, which its parent may have held
         with self._changing:
             company = self._alive().company
+            company = replace(company, aims=Aims.of(wanted, company.residents.bundle.ladder))
+            company.check()
             self._goal = wanted
-            aims = Aims.of(wanted, company.residents.bundle.ladder)
-            self._conductor.conduct(replace(company, aims=aims))
+            self._conductor.conduct(company)
 
     @property
     def bundle(self) -> Bundle:
@@ -169,13 +170,19 @@ class GovernedModel:
 
         Raises:
             BundleError: it can't be trusted, or none of its rungs can run here; the old one goes on.
-            UsageError: it is called otherwise, or there is no memory for both; the old one goes on.
+            GoalError: none of its rungs keeps the goal; likewise.
+            UsageError: it is called or judged otherwise, or there is no memory for both; likewise.
         """
         bundle = Bundle.open(path, hashes=False)
         if bundle.signature != self.signature:
             raise UsageError(
                 f"{path} is called otherwise: it takes {', '.join(map(str, bundle.signature.inputs))}, but "
                 f"{', '.join(map(str, self.signature.inputs))} is served; load it under another name"
+            )
+        ours, theirs = (b.ladder.original.evidence.metric for b in (self.bundle, bundle))
+        if ours != theirs:
+            raise UsageError(
+                f"{path} was judged by {theirs}, but {ours} is what the goal is about; load it under another name"
             )
         self._alive()
         with self._changing:

@@ -58,13 +58,14 @@ class Stand:
 
 @dataclass(frozen=True)
 class Status:
-    """A governed model at one moment.  Counts are of requests since it was loaded, but for `rows`.
+    """A governed model at one moment.  Counts are of requests since it was loaded, but for those of rows.
 
     Args:
         name: of the model; `version` of its bundle, `goal` in force, `metric` by which quality is told.
         standing: the rung that is stood on; `stands` the latest changes, oldest first.
         queue_rows: rows that wait; `rate` rows that arrive per second; `slowdown` of this machine just now (1: quiet).
         utilisation: share of the last seconds in which the executor worked.
+        rows: that were answered; `all_rows` those of all requests that ended, but for what their callers cancelled.
         answered, late, refused, expired, failed, cancelled: `late` ones are among the answered; `refused` at once, for
             they could not have been in time; `expired` while they waited.
         attainment: share of the requests that were answered in time, of all.
@@ -89,6 +90,7 @@ class Status:
     slowdown: float
     utilisation: float
     rows: int
+    all_rows: int
     answered: int
     late: int
     refused: int

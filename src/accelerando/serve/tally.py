@@ -20,7 +20,7 @@ class Tally:
         self.switches = 0
         self.latest = 0.0  # when the last answer was given, seconds since the epoch
         self._promised = 0.0  # certified quality of rows that were answered in time, summed
-        self._all_rows = 0
+        self.all_rows = 0
         self._queued, self._computed = _Counts(), _Counts()
         self._busy, self._busy_until = 0.0, 0.0
 
@@ -29,7 +29,7 @@ class Tally:
         self.requests["answered"] += 1
         self.latest = time.time()
         self.rows += rows
-        self._all_rows += rows
+        self.all_rows += rows
         if late:
             self.requests["late"] += 1
         else:
@@ -41,7 +41,7 @@ class Tally:
         """One request was `refused`, `expired`, `failed` or `cancelled`."""
         self.requests[how] += 1
         if how != "cancelled":
-            self._all_rows += rows
+            self.all_rows += rows
 
     def worked(self, start: float, end: float) -> None:
         """The executor worked from one moment to another, seconds of the monotonic clock."""
@@ -61,7 +61,7 @@ class Tally:
     @property
     def effective_quality(self) -> float:
         """The mean certified quality over all rows, 0 for those that were not answered in time."""
-        return self._promised / self._all_rows if self._all_rows else 0.0
+        return self._promised / self.all_rows if self.all_rows else 0.0
 
     @property
     def queued(self) -> Histogram:

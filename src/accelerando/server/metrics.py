@@ -50,7 +50,7 @@ GAUGES: tuple[tuple[str, str, Figure], ...] = (
     ("drifted_inputs", "How many drifts of the inputs are reported.", lambda s: len(s.drift)),
 )
 COUNTERS: tuple[tuple[str, str, Figure], ...] = (
-    ("rows", "Rows of all requests.", lambda s: s.rows),
+    ("rows", "Rows that were answered.", lambda s: s.rows),
     ("switches", "Times that the governor changed its rung.", lambda s: s.switches),
     ("audited", "Requests that were answered again by the best rung, to compare.", lambda s: s.audited),
 )

@@ -21,7 +21,7 @@ WINDOW = 60.0  # seconds that the headline figures tell of
 SMOOTH = 10.0  # seconds that a point of a chart tells of
 STEP = 2.0  # seconds between points
 SPAN = 600.0  # seconds of points that are kept
-COUNTS = ("rows", "answered", "late", "refused", "expired", "failed", "cancelled", "switches")
+COUNTS = ("rows", "all_rows", "answered", "late", "refused", "expired", "failed", "cancelled", "switches")
 
 
 def statuses(shelf: Repository) -> list[Status]:
@@ -97,8 +97,9 @@ def compare(before: Status, after: Status, seconds: float) -> Recent:
     late, refused, expired, failed = (more[name] for name in ("late", "refused", "expired", "failed"))
     answered = _answered(before, after)
     quality = None
-    if more["rows"] and not math.isnan(after.effective_quality):  # mean times count is the sum, and sums subtract
-        quality = (after.effective_quality * after.rows - before.effective_quality * before.rows) / more["rows"]
+    if more["all_rows"] and not math.isnan(after.effective_quality):  # mean times count is the sum, and sums subtract
+        earned = after.effective_quality * after.all_rows - before.effective_quality * before.all_rows
+        quality = earned / more["all_rows"]
     return Recent(
         seconds=seconds,
         requests=in_time + late + refused + expired + failed,

@@ -99,7 +99,7 @@ const showCards = ({ status, recent }) => {
   const over = (x, most) => (x !== null && x >= most ? `over ${seconds(most)}` : seconds(x));
   const cards = [
     ["Quality of the answers", answers ? quality(answers.mid) : "\u2013",
-      `${status.metric}${answers ? `, ${range(answers, quality)}` : ""}${recent.quality !== null ? `; ${quality(recent.quality)} with missed ones as 0` : ""}`],
+      `${status.metric}${answers ? `, ${range(answers, quality)}` : ""}${recent.quality !== null ? `; at least ${quality(recent.quality)} with missed ones as 0` : ""}`],
     ["Stands on", rung ? (rung.number ? `Rung ${rung.number} of ${status.rungs.length - 1}` : "The original") : "\u2013",
       !rung ? "" : rung.number ? `${times(rung.speedup.mid)} faster than the original` : `rung 0 of ${status.rungs.length - 1}`],
     ["Computing, p99", over(recent.computed.p99, recent.computed.most),
