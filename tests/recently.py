@@ -23,7 +23,8 @@ def busy(name: str = "digits", times: int = 1, **changed: Any) -> Status:
     given: dict[str, Any] = {
         "rungs": rungs, "rows": 200 * times, "all_rows": 226 * times, "answered": 200 * times, "late": 3 * times,
         "refused": 20 * times, "expired": 5 * times, "failed": 1 * times, "cancelled": 4 * times, "switches": 2 * times,
-        "queue_rows": 7, "rate": 12.5, "queued": Histogram((0, 150 * times, *[0] * (MOST - 3), 50 * times), 9.0 * times),
+        "queue_rows": 7, "rate": 12.5,
+        "queued": Histogram((0, 150 * times, *[0] * (MOST - 3), 50 * times), 9.0 * times),
         "computed": Histogram((*[0] * 3, 200 * times, *[0] * (MOST - 4)), 0.8 * times), "memory_cap": 10_000_000,
         "effective_quality": 0.9, "drift": ("x: drifted",), **changed,
     }  # fmt: skip

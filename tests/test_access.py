@@ -211,3 +211,8 @@ def test_a_socket_needs_a_token_too(file: Path) -> None:
 def test_a_limit_that_lets_nothing_through_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} must be above 0, but is 0"):
         Settings(**{name: 0})
+
+
+def test_a_limit_that_grpc_could_not_count_is_refused() -> None:
+    with pytest.raises(UsageError, match="at most 2,147,483,647 bytes, but 2,147,483,648 were asked"):
+        Settings(max_body_bytes=2**31)

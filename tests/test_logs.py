@@ -100,3 +100,5 @@ def test_a_level_or_a_folder_that_is_not_there_is_said(tmp_path: Path) -> None:
         logs.begin(level="loud")
     with pytest.raises(UsageError, match="make it first"):
         logs.begin(tmp_path / "none" / "log")
+    with pytest.raises(UsageError, match="can't be written"):
+        logs.begin(tmp_path)

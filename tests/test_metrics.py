@@ -12,6 +12,7 @@ from shelf import FakeServed, FakeShelf, fake_status
 
 from accelerando.serve.status import BUCKETS, Status
 from accelerando.server.metrics import LONGEST, exposition
+from accelerando.server.traffic import Traffic
 
 ODD = 'a "quoted" \\ name\nwith \u00e9 and <script>' + "x" * 400
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
@@ -156,3 +157,14 @@ def test_a_model_without_requests_or_cap_and_a_shelf_without_models_can_be_scrap
 def test_lost_log_lines_are_told_where_logs_are_written() -> None:
     assert b"accelerando_log_lines_lost_total 3.0" in exposition(shelf_of(busy()), lost_log_lines=3)[1]
     assert b"log_lines" not in exposition(shelf_of(busy()))[1]
+
+
+def test_answers_that_came_to_no_model_are_told_too() -> None:
+    traffic = Traffic()
+    traffic.gave("http", 200)
+    traffic.gave("http", 400)
+    traffic.gave("http", 400)
+    traffic.gave("grpc", "NOT_FOUND")
+    found = exposition(shelf_of(busy()), traffic=traffic)[1].decode()
+    assert 'accelerando_answers_total{protocol="http",status="400"} 2.0' in found
+    assert 'accelerando_answers_total{protocol="grpc",status="NOT_FOUND"} 1.0' in found

@@ -105,6 +105,14 @@ def test_what_is_no_json_is_refused_with_its_reason(text: bytes, words: str) -> 
     assert outcome(text) == alone(outcome, text)
 
 
+def test_json_of_very_many_parts_is_refused_before_it_is_parsed() -> None:
+    """Nobody else is served while it is parsed; each list takes as long as a hundred bytes."""
+    text = b'{"inputs": [' + b"[]," * 60 + b"{}]}"
+    assert len(read_json(text, most_parts=63)["inputs"]) == 61
+    with pytest.raises(DataError, match=r"63 lists and objects, but at most 62 are taken; .* as one flat list"):
+        read_json(text, most_parts=62)
+
+
 def test_numbers_keep_their_value_and_their_kind() -> None:
     for literal in ("0", "-0.0", "1e5", "18446744073709551615", "-9223372036854775808", "0.1", "1e-400", "5e-324"):
         quick, slow = both(f'{{"x": {literal}}}'.encode())

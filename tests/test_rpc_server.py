@@ -27,6 +27,7 @@ from accelerando.errors import (
 )
 from accelerando.server.access import Settings
 from accelerando.server.rpc import Tls
+from accelerando.server.traffic import Traffic
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,38 @@ def test_stopping_answers_what_was_accepted_and_takes_no_more() -> None:
         assert np.frombuffer(call.result().raw_output_contents[0], np.float32)[1] == 2.0
         stopped.result(10)
         end.set()
+
+
+def test_what_was_sent_on_a_stream_before_the_end_is_answered() -> None:
+    with holding() as (held, client):
+        end = threading.Event()
+
+        def asked() -> Iterator[Any]:
+            yield from (twice(X) for _ in range(5))
+            yield from nothing_until(end)
+
+        answers = client.method("ModelStreamInfer")(asked(), timeout=20)
+        first_ticket(held)
+        stopped = client.stop(20.0)
+        for _ in range(5):
+            while not held.release():
+                time.sleep(0.005)
+            assert not next(answers).error_message
+        with pytest.raises(grpc.RpcError, match="the server is stopping"):
+            next(answers)
+        stopped.result(10)
+        end.set()
+
+
+def test_answers_are_counted_by_their_status() -> None:
+    traffic = Traffic()
+    with serving(models_of_every_kind(), traffic=traffic) as client:
+        client("ModelInfer", simple())
+        client.refused("ModelInfer", simple(model_name="nobody"))
+        list(client.method("ModelStreamInfer")(iter([simple(), b"\xff"]), timeout=20))
+    assert traffic.answers == {
+        ("grpc", "OK"): 2, ("grpc", "NOT_FOUND"): 1, ("grpc", "INVALID_ARGUMENT"): 1,
+    }  # fmt: skip
 
 
 def test_more_calls_than_are_taken_at_once() -> None:

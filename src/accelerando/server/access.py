@@ -27,6 +27,7 @@ from accelerando.server.exchange import App, Receive, Scope, Send, as_error
 HEALTH = ("/v2/health/live", "/v2/health/ready")  # what watches a server has no token
 PAGES = ("/", "/docs")  # they hold no secret: each asks its reader for the token, and then the server for the rest
 SAFE = ("GET", "HEAD", "OPTIONS")
+MOST_BODY_BYTES = 2**31 - 1  # what gRPC can count
 MOST_TOKEN_BYTES = 2**20  # of the whole file
 LOCAL = ("localhost", "127.0.0.1", "::1")
 CHALLENGE = (b"www-authenticate", b'Bearer realm="accelerando"')
@@ -40,7 +41,8 @@ class Settings:
     Args:
         server_name: told at `/v2`; some clients' examples insist on `triton`.
         max_body_bytes: of a request, also once it is decompressed; `max_json_bytes` of its JSON part, which becomes
-            some ten times as large in memory.
+            some ten times as large in memory, and while it is parsed nobody else is served; `max_json_parts` lists and
+            objects in it.
         max_tensors: inputs, and likewise outputs, that one request may name.
         max_rows: that one request may hold; told to clients as `max_batch_size`.
         max_nesting: axes of a tensor, and so the depth of its nested data.
@@ -50,12 +52,13 @@ class Settings:
         hosts: the names, in lower case, by which a request may call the server; None for any (`names_of`).
 
     Raises:
-        UsageError: a limit that lets nothing through.
+        UsageError: a limit that lets nothing through, or more than can be counted.
     """
 
     server_name: str = "accelerando"
     max_body_bytes: int = 64 * 2**20
-    max_json_bytes: int = 16 * 2**20
+    max_json_bytes: int = 8 * 2**20
+    max_json_parts: int = 100_000
     max_tensors: int = 64
     max_rows: int = 4096
     max_nesting: int = 32
@@ -65,9 +68,14 @@ class Settings:
     hosts: frozenset[str] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("max_body_bytes", "max_json_bytes", "max_tensors", "max_rows", "max_nesting", "body_seconds"):
+        sizes = ("max_body_bytes", "max_json_bytes", "max_json_parts", "max_tensors", "max_rows", "max_nesting")
+        for name in (*sizes, "body_seconds"):
             if not getattr(self, name) > 0:
                 raise UsageError(f"{name} must be above 0, but is {getattr(self, name)}")
+        if self.max_body_bytes > MOST_BODY_BYTES:
+            raise UsageError(
+                f"a body may have at most {MOST_BODY_BYTES:,} bytes, but {self.max_body_bytes:,} were asked"
+            )
 
 
 def names_of(host: str, allowed: Sequence[str] = (), *, guarded: bool = False) -> frozenset[str] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any
@@ -124,7 +125,7 @@ class Calls:
                 seconds=asked.seconds, min_quality=asked.min_quality, priority=asked.priority,
             )  # fmt: skip
             answer = await _result(ticket.future)
-            trace.answered(answer.why, ticket.rows)
+            trace.answered(answer.why, ticket.rows, late=time.monotonic() > ticket.deadline)
             if sum([leaf.nbytes for leaf in answer.leaves]) < LARGE:
                 return messages.reply(request, signature, answer, numbers, raw)
             return await asyncio.to_thread(messages.reply, request, signature, answer, numbers, raw)

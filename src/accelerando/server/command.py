@@ -28,6 +28,7 @@ from accelerando.server.tracing import OFF, to_collector
 # takes, and its executor would wait for the event loop each time that it comes back from computing.
 SWITCH_SECONDS = 2e-4
 NO_PORT = -1
+TAKEN = ("stats",)  # by the protocol: /v2/models/stats is of all models
 
 
 @dataclass(frozen=True)
@@ -119,9 +120,10 @@ def named(bundles: Sequence[str]) -> dict[str, Path]:
         name, sign, folder = text.partition("=")
         path = Path(folder if sign else text)
         name = name if sign else path.resolve().name
-        if not name or not all(c.isalnum() or c in "-_." for c in name):
+        if not name[:1].isalnum() or not all(c.isalnum() or c in "-_." for c in name) or name in TAKEN:
             raise UsageError(
-                f"{name!r} can't be a model's name; give letters, digits, '-', '_' or '.', as in NAME={path}"
+                f"{name!r} can't be a model's name; give letters, digits, '-', '_' or '.', a letter or digit first, "
+                f"but not {' or '.join(TAKEN)}, as in NAME={path}"
             )
         if name in found:
             raise UsageError(f"two bundles are called {name!r}; give one another name, as in OTHER={path}")
@@ -135,6 +137,12 @@ def _service(wishes: Wishes) -> Service:
     for path in (wishes.certificate, wishes.key, wishes.tokens):
         if path is not None and not path.is_file():
             raise UsageError(f"there is no file {path}")
+    if wishes.key is not None and b"ENCRYPTED" in wishes.key.read_bytes():
+        raise UsageError(
+            f"the key {wishes.key} is encrypted, and nobody is there to type its phrase; give it decrypted"
+        )
+    if not wishes.host.strip():
+        raise UsageError("--host is empty, which would be every network; give an address, such as 127.0.0.1")
     _check_port("--port", wishes.port)
     if wishes.grpc_port != NO_PORT:
         _check_port("--grpc-port", wishes.grpc_port, f", or {NO_PORT} for none")

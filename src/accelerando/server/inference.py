@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from accelerando.errors import DataError, RowsError
+from accelerando.errors import DataError
 from accelerando.serve.tickets import Answer, Explanation
 from accelerando.server.access import Settings
 from accelerando.server.tensors import (
@@ -81,7 +81,7 @@ def read_request(body: memoryview, header: int | None, signature: Signature, set
         return Asked(read_bare(body, signature, settings), every)
     if header is not None and header > len(body):
         raise DataError(f"Inference-Header-Content-Length is {header}, but the body has only {len(body)} bytes")
-    request = read_json(bytes(body if header is None else body[:header]))
+    request = read_json(bytes(body if header is None else body[:header]), settings.max_json_parts)
     _check_fields(request, REQUEST, "request")
     name = request.get("id")
     if not isinstance(name, (str, type(None))):
@@ -288,8 +288,7 @@ def write_answer(name: str, signature: Signature, asked: Asked, answer: Answer) 
     """The JSON of an answer, and the raw tensors that follow it.
 
     Raises:
-        RowsError: an output holds what JSON can't say: NaN, infinity, or bytes that are not text.
-        DataError: likewise, but an input was not finite either.
+        DataError: an output holds what JSON can't say: NaN, infinity, or bytes that are not text.
     """
     response: dict[str, Any] = {"model_name": name, "model_version": str(answer.why.version)}
     if asked.id is not None:
@@ -314,10 +313,9 @@ def write_answer(name: str, signature: Signature, asked: Asked, answer: Answer) 
 def _values(name: str, leaf: Array, asked: Asked) -> list[Any]:
     if leaf.dtype.kind == "f" and not np.isfinite(leaf).all():
         words = f"output {name!r} holds NaN or infinity, which JSON can't hold; ask for it with binary_data: true"
-        if all(np.isfinite(given).all() for given in asked.leaves if given.dtype.kind == "f"):
-            raise RowsError(words)
-        raise DataError(f"{words}, or send inputs that are finite: these are not")
+        finite = all(np.isfinite(given).all() for given in asked.leaves if given.dtype.kind == "f")
+        raise DataError(words if finite else f"{words}, or send inputs that are finite: these are not")
     try:
         return to_values(leaf)
     except DataError as error:
-        raise RowsError(f"output {name!r}: {error}") from error
+        raise DataError(f"output {name!r}: {error}") from error

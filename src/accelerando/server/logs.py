@@ -160,12 +160,19 @@ def begin(
         level: debug, info, warning or error: what is less grave is left out.
 
     Raises:
-        UsageError: there is no such level, or the file's folder does not exist.
+        UsageError: there is no such level, the file's folder does not exist, or it can't be written to.
     """
     if level not in LEVELS:
         raise UsageError(f"the log level {level!r} was given; it must be one of {', '.join(LEVELS)}")
     if path is not None and not path.parent.is_dir():
         raise UsageError(f"the log file {path} was asked for, but there is no folder {path.parent}; make it first")
+    if path is not None:
+        try:
+            path.open("ab").close()
+        except OSError as error:
+            raise UsageError(
+                f"the log file {path} can't be written: {error.strerror or error}; give another"
+            ) from error
     journal = Journal(path)
     journal.take(loggers, getattr(logging, level.upper()))
     return journal

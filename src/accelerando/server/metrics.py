@@ -26,6 +26,7 @@ from accelerando.serve.status import BUCKETS, Histogram, RungStatus, Status
 from accelerando.server.goal_watch import read
 from accelerando.server.recent import statuses
 from accelerando.server.repository import Repository
+from accelerando.server.traffic import Traffic
 
 STATES = ("ready", "loading", "out", "quarantined", "failed")
 ENTRIES = ("READY", "LOADING", "UNAVAILABLE")
@@ -75,15 +76,18 @@ OUTCOMES: tuple[tuple[str, Callable[[Status], int]], ...] = (
 )
 
 
-def exposition(shelf: Repository, accept: str = "", *, lost_log_lines: int | None = None) -> tuple[str, bytes]:
+def exposition(
+    shelf: Repository, accept: str = "", *, lost_log_lines: int | None = None, traffic: Traffic | None = None
+) -> tuple[str, bytes]:
     """The text of a scrape, and its content type.
 
     Args:
         accept: the scraper's Accept header: OpenMetrics where it asks for it, else Prometheus' plain text.
         lost_log_lines: `Journal.lost`, where logs are written.
+        traffic: the answers that were given, where they are counted.
     """
     registry = CollectorRegistry()
-    registry.register(_Reading(shelf, lost_log_lines))
+    registry.register(_Reading(shelf, lost_log_lines, traffic))
     ProcessCollector(registry=registry)
     try:
         encode, kind = choose_encoder(accept)
@@ -95,8 +99,8 @@ def exposition(shelf: Repository, accept: str = "", *, lost_log_lines: int | Non
 class _Reading(Collector):
     """The models of a shelf at one moment, as metric families."""
 
-    def __init__(self, shelf: Repository, lost_log_lines: int | None) -> None:
-        self.shelf, self.lost = shelf, lost_log_lines
+    def __init__(self, shelf: Repository, lost_log_lines: int | None, traffic: Traffic | None) -> None:
+        self.shelf, self.lost, self.traffic = shelf, lost_log_lines, traffic
 
     def collect(self) -> Iterator[Metric]:
         yield InfoMetricFamily(
@@ -110,6 +114,8 @@ class _Reading(Collector):
         yield self._entries()
         if self.lost is not None:
             yield CounterMetricFamily("accelerando_log_lines_lost", "Lines of the log not written.", self.lost)
+        if self.traffic is not None:
+            yield _answers(self.traffic)
         found = statuses(self.shelf)
         yield from _models(found)
         yield from _rungs(found)
@@ -120,6 +126,14 @@ class _Reading(Collector):
         for state in ENTRIES:
             family.add_metric([state.lower()], states.count(state))
         return family
+
+
+def _answers(traffic: Traffic) -> Metric:
+    words = "Answers by protocol and status, those among them to what never came to a model."
+    family = CounterMetricFamily("accelerando_answers", words, labels=["protocol", "status"])
+    for labels, count in sorted(traffic.answers.items()):
+        family.add_metric(labels, count)
+    return family
 
 
 def _models(found: Sequence[Status]) -> Iterator[Metric]:

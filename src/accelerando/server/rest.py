@@ -303,7 +303,7 @@ class Rest:
         """A body of a few settings; it may be left out."""
         limit, seconds = self.settings.max_json_bytes, self.settings.body_seconds
         body = await read_body(request.headers, request.receive, most=min(limit, LARGE), seconds=seconds)
-        found = read_json(bytes(body)) if len(body) else {}
+        found = read_json(bytes(body), self.settings.max_json_parts) if len(body) else {}
         if unknown := [key for key in found if key not in fields]:
             raise DataError(f"the body has a field {unknown[0][:60]!r}, but may have {', '.join(fields)}")
         return found

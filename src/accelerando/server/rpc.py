@@ -41,10 +41,12 @@ from accelerando.server.probes import Probes
 from accelerando.server.protocol import Method, inference
 from accelerando.server.repository import Repository
 from accelerando.server.tracing import OFF, Tracing
+from accelerando.server.traffic import Traffic
 
 log = logging.getLogger(__name__)
 LONGEST = 1_200  # bytes of an error's text: it travels percent-encoded in a header, of which clients take 8 KiB
 OPEN = ("ServerLive", "ServerReady")  # what watches a server has no token
+LAST_SECONDS = 0.2  # for what a client of a stream sent before the server was told to end
 SPARE_CALLS = 100  # beyond the most, for those and for probes: who watches must not take a busy server for a dead one
 COMPRESSIONS = {
     "none": grpc.Compression.NoCompression, "gzip": grpc.Compression.Gzip, "deflate": grpc.Compression.Deflate,
@@ -118,6 +120,7 @@ def serve_rpc(
     most_calls: int = 1000,
     compression: str = "none",
     always_raw: bool = False,
+    traffic: Traffic | None = None,
 ) -> RpcServer:
     """A server that listens, but answers only once it is started; call this inside the event loop that is to serve.
 
@@ -127,6 +130,7 @@ def serve_rpc(
         most_calls: that may be under way at once, streams among them; further ones are refused, but for probes.
         compression: of answers: none, gzip or deflate; requests may come in any of them.
         always_raw: answer with raw tensors also where the request's came in typed, as Triton does.
+        traffic: where answers are counted.
 
     Raises:
         UsageError: the port is taken, a file of `tls` can't be used, or there is no such compression.
@@ -135,7 +139,7 @@ def serve_rpc(
         raise UsageError(f"the compression was {compression!r}; there are {', '.join(COMPRESSIONS)}")
     calls = Calls(shelf, settings, tracing, always_raw)
     server = grpc.aio.server(
-        handlers=[_Door(calls, settings, most_calls).handlers(), Probes(calls).handlers()],
+        handlers=[_Door(calls, settings, most_calls, traffic or Traffic()).handlers(), Probes(calls).handlers()],
         options=_options(settings),
         maximum_concurrent_rpcs=most_calls + SPARE_CALLS,
         compression=COMPRESSIONS[compression],
@@ -176,15 +180,15 @@ def _listen(server: Any, address: str, tls: Tls | None) -> int:
 class _Door:
     """Lets calls in, parses their messages, and turns errors into statuses."""
 
-    def __init__(self, calls: Calls, settings: Settings, most_calls: int) -> None:
-        self.calls, self.most_calls = calls, most_calls
+    def __init__(self, calls: Calls, settings: Settings, most_calls: int, traffic: Traffic) -> None:
+        self.calls, self.most_calls, self.traffic = calls, most_calls, traffic
         self.under_way = 0
         self.tokens = None if settings.tokens is None else Tokens(settings.tokens)
 
     def handlers(self) -> Any:
         """Every method of the service."""
         found = {name: self._handler(method) for name, method in inference().methods.items()}
-        found |= {name: grpc.unary_unary_rpc_method_handler(_refusal(why)) for name, why in UNSERVED.items()}
+        found |= {name: grpc.unary_unary_rpc_method_handler(self._refusal(why)) for name, why in UNSERVED.items()}
         return grpc.method_handlers_generic_handler(inference().service, found)
 
     def _handler(self, method: Method) -> Any:
@@ -198,16 +202,17 @@ class _Door:
 
         async def answer(data: bytes, context: Any) -> bytes:
             if guarded and (why := self._unwelcome(context)):
-                await context.abort(*why)
+                await self._abort(context, *why)
             self.under_way += guarded
             try:
                 message = await call(_parse(method, data), context)
+                self.traffic.gave("grpc", "OK")
                 return message.SerializeToString()
             except Exception as error:  # noqa: BLE001  one bad request must not end the server
                 failure = error
             finally:
                 self.under_way -= guarded
-            await context.abort(*_status(failure))
+            await self._abort(context, *_status(failure))
             raise AssertionError("abort always raises")
 
         return answer
@@ -217,18 +222,20 @@ class _Door:
 
         async def answers(requests: Any, context: Any) -> AsyncIterator[bytes]:
             if why := self._unwelcome(context):
-                await context.abort(*why)
+                await self._abort(context, *why)
             self.under_way += 1
             try:
                 async with aclosing(self._until_stopping(context)) as taken:
                     async for data in taken:
-                        request = None
+                        request, code = None, grpc.StatusCode.OK
                         try:
                             request = _parse(method, data)
                             message = await call(request, context)
                         except Exception as error:  # noqa: BLE001  as above
-                            message = method.response(error_message=_status(error)[1])
+                            code, words = _status(error)
+                            message = method.response(error_message=words)
                             message.infer_response.id = request.id if request else ""
+                        self.traffic.gave("grpc", code.name)
                         yield message.SerializeToString()
             finally:
                 self.under_way -= 1
@@ -244,6 +251,8 @@ class _Door:
                 read = asyncio.ensure_future(context.read())
                 waiting = {read, stopping}
                 await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                if not read.done():  # what was sent before may still be on its way here
+                    await asyncio.wait({read}, timeout=LAST_SECONDS)
                 if not read.done():
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
                 if read.result() is grpc.aio.EOF:
@@ -252,6 +261,17 @@ class _Door:
         finally:
             for task in waiting:
                 task.cancel()
+
+    def _refusal(self, why: str) -> Any:
+        async def refuse(data: bytes, context: Any) -> bytes:
+            await self._abort(context, grpc.StatusCode.UNIMPLEMENTED, why)
+            raise AssertionError("abort always raises")
+
+        return refuse
+
+    async def _abort(self, context: Any, code: grpc.StatusCode, words: str) -> None:
+        self.traffic.gave("grpc", code.name)
+        await context.abort(code, words)
 
     def _unwelcome(self, context: Any) -> tuple[grpc.StatusCode, str] | None:
         """Why a call is not let in: its caller has no token, or there is no room for it."""
@@ -274,14 +294,6 @@ def _without_token(context: Any, tokens: Tokens) -> str:
     else:
         why = "the token is not valid (any longer)"
     return f"{why}: send the metadata `authorization: Bearer TOKEN`"
-
-
-def _refusal(why: str) -> Any:
-    async def refuse(data: bytes, context: Any) -> bytes:
-        await context.abort(grpc.StatusCode.UNIMPLEMENTED, why)
-        raise AssertionError("abort always raises")
-
-    return refuse
 
 
 def _parse(method: Method, data: bytes) -> Any:

@@ -27,6 +27,7 @@ from accelerando.server.rest import Rest
 from accelerando.server.rpc import RpcServer, Tls, serve_rpc
 from accelerando.server.shelf import Shelf
 from accelerando.server.tracing import OFF, Tracing
+from accelerando.server.traffic import Traffic
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +63,11 @@ class Service:
 class Front:
     """What stands before the protocol: the dashboard, and Prometheus' metrics."""
 
-    def __init__(self, rest: App, shelf: Shelf, dashboard: Dashboard, journal: Journal | None) -> None:
+    def __init__(
+        self, rest: App, shelf: Shelf, dashboard: Dashboard, journal: Journal | None, traffic: Traffic
+    ) -> None:
         self._rest, self._shelf, self._dashboard, self._journal = rest, shelf, dashboard, journal
+        self._traffic = traffic
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         path = scope.get("path", "")
@@ -79,7 +83,8 @@ class Front:
         if method not in ("GET", "HEAD"):
             return as_error(405, f"/metrics takes GET, but got {method[:20]}", [(b"allow", b"GET, HEAD")])
         accept = dict(scope["headers"]).get(b"accept", b"").decode("latin-1")
-        kind, text = exposition(self._shelf, accept, lost_log_lines=self._journal.lost if self._journal else None)
+        lost = self._journal.lost if self._journal else None
+        kind, text = exposition(self._shelf, accept, lost_log_lines=lost, traffic=self._traffic)
         return Reply(200, text, kind.encode())
 
 
@@ -103,13 +108,14 @@ async def serve_all(
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not here, or not the main thread
             loop.add_signal_handler(number, ending.set)
     dashboard = Dashboard(shelf)
-    app = Front(Rest(shelf, service.settings, tracing=service.tracing, pages=True), shelf, dashboard, journal)
-    http = _Http(_config(Access(app, service.settings), service))
+    traffic = Traffic()
+    app = Front(Rest(shelf, service.settings, tracing=service.tracing, pages=True), shelf, dashboard, journal, traffic)
+    http = _Http(_config(traffic.of(Access(app, service.settings)), service))
     rpc: RpcServer | None = None
     if service.grpc_port is not None:
         rpc = serve_rpc(
             shelf, service.settings, host=service.host, port=service.grpc_port, tls=service.tls,
-            tracing=service.tracing, most_calls=service.most_calls,
+            tracing=service.tracing, most_calls=service.most_calls, traffic=traffic,
         )  # fmt: skip
     listening = _listen(service.host, service.port)
     if rpc:

@@ -15,12 +15,21 @@ import orjson
 from accelerando.errors import DataError
 
 
-def read_json(text: bytes) -> dict[str, Any]:
+def read_json(text: bytes, most_parts: int | None = None) -> dict[str, Any]:
     """A JSON object: UTF-8, no repeated keys, no NaN.
 
+    Args:
+        most_parts: lists and objects that it may hold.  The parser keeps the interpreter to itself, and for each of
+            them it takes a hundred times as long as for a byte.
+
     Raises:
-        DataError: it is none.
+        DataError: it is none, or holds more.
     """
+    if most_parts is not None and (parts := text.count(b"[") + text.count(b"{")) > most_parts:
+        raise DataError(
+            f"the JSON holds {parts:,} lists and objects, but at most {most_parts:,} are taken; give a tensor's data "
+            f"as one flat list, or send it as binary data"
+        )
     try:
         value = _parsed(text)
     except RecursionError as error:
