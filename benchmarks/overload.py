@@ -69,9 +69,14 @@ class Memory:
         self._ended.set()
         self._thread.join()
 
-    def most(self, start: float, end: float) -> int:
-        """Bytes, at most, between two moments."""
-        return max((held for at, held in self.seen if start <= at <= end), default=0)
+    def usual(self, start: float, end: float) -> float:
+        """Bytes, in the median, between two moments: the most is that of a queue, which is chance."""
+        held = [held for at, held in self.seen if start <= at <= end]
+        return float(np.median(held)) if held else 0.0
+
+    @property
+    def most(self) -> int:
+        return max((held for _, held in self.seen), default=0)
 
 
 def told(found: Sent, count: int, seconds: float, alone: float, best: float, memory: Memory) -> Found:
@@ -80,7 +85,7 @@ def told(found: Sent, count: int, seconds: float, alone: float, best: float, mem
     in_time = found.good & (found.seconds <= SLO)
     goodput = float(in_time[:count].sum()) / seconds
     offered = float((found.went[:count] - start <= seconds).sum()) / seconds
-    first, last = (memory.most(start + a * seconds / 3, start + (a + 1) * seconds / 3) for a in (1, 2))
+    first, last = (memory.usual(start + a * seconds / 3, start + (a + 1) * seconds / 3) for a in (1, 2))
     grown = last / first - 1 if first else float("nan")
     missed = found.planned[count:][~in_time[count:]]
     back = float(missed.max() - start - seconds) if len(missed) else 0.0
@@ -90,7 +95,7 @@ def told(found: Sent, count: int, seconds: float, alone: float, best: float, mem
         (
             Figure("goodput at 3 x the fastest rung's capacity", f"{goodput / alone:.0%} of it", "90 %",
                    goodput >= GOODPUT * alone),
-            Figure("memory, last third of the overload over the middle one", f"{grown:+.1%}", "bounded: +5 % at most",
+            Figure("memory, last third of the overload over the middle one, medians", f"{grown:+.1%}", "bounded: +5 % at most",
                    grown <= GROWTH),
             Figure("last miss after the overload", f"{back:.2f} s after its end", f"{2 * SLO:g} s", back <= 2 * SLO),
         ),
@@ -101,7 +106,8 @@ def told(found: Sent, count: int, seconds: float, alone: float, best: float, mem
         f"second ({offered / alone:.2f} times the capacity), {found.punctual:.1%} of all within 10 ms of their time; "
         f"latency counts from that time. "
         f"The server is told {TOLD * 1e3:.0f} ms of the {SLO * 1e3:.0f}. Answered in time: {goodput:,.0f}/s; answers "
-        f"by status: {statuses} (0: none came). The server and its process held {last / 1e6:.0f} MB. Then half of what "
-        f"one connection gets from the best rung ({best:,.0f}/s): the rung on which it ended first answered "
+        f"by status: {statuses} (0: none came). The server and its process held "
+        f"{last / 1e6:.0f} MB in the median of the last third, and {memory.most / 1e6:.0f} MB at most. Then "
+        f"half of what one connection gets from the best rung ({best:,.0f}/s): the rung on which it ended first answered "
         f"{float(climbed.min() - start - seconds) if len(climbed) else float('nan'):.2f} s after the overload.",
     )  # fmt: skip

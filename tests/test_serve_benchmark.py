@@ -93,8 +93,13 @@ def test_requests_go_out_at_their_times_whatever_became_of_those_before(waiting:
 
 
 class Held:
-    def most(self, start: float, end: float) -> int:
-        return 100
+    most = 100
+
+    def __init__(self, more: float = 0.0) -> None:
+        self.more = more
+
+    def usual(self, start: float, end: float) -> float:
+        return 100 + self.more * (start - 50.0)
 
 
 def after(seconds: np.ndarray, status: np.ndarray) -> Sent:
@@ -119,6 +124,12 @@ def test_sabotage_a_miss_long_after_the_overload_is_seen() -> None:
     seconds[120] = 0.9
     found = overload.told(after(seconds, np.full(200, 200)), 100, 10.0, 10.0, 5.0, Held())  # type: ignore[arg-type]
     assert [f.reached for f in found.figures] == [True, True, False]
+
+
+def test_sabotage_memory_that_grows_all_the_while_is_seen() -> None:
+    calm = after(np.full(200, 0.1), np.full(200, 200))
+    found = overload.told(calm, 100, 10.0, 10.0, 5.0, Held(more=3.0))  # type: ignore[arg-type]
+    assert [f.reached for f in found.figures] == [True, False, True]
 
 
 def fared(met: float, effective: float, policy: str = "one") -> Replay:

@@ -306,7 +306,7 @@ def test_rows_of_a_trace(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "text", "said"),
     [
-        ("a.csv", "0\n1\nx\n", "line 3: could not convert"),
+        ("a.csv", "0\n1\nx\n", "line 3: seconds must be a number, but is 'x'"),
         ("a.csv", "0\n2\n1\n", "line 3: 1 s comes after 2 s; sort"),
         ("a.csv", "0\nnan\n", "line 2: the time must be a finite number"),
         ("a.csv", "0,0\n", "line 1: rows must be a whole number"),

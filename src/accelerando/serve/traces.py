@@ -181,7 +181,14 @@ def _of_csv(line: str, columns: list[str]) -> tuple[float, float]:
     named = dict(zip(columns or ["seconds", "rows"], fields, strict=False))
     if columns and len(fields) != len(columns):
         raise ValueError(f"{len(columns)} fields are expected, but there are {len(fields)}")
-    return _request({name: float(text) for name, text in named.items() if name in (*TIMES, "rows")})
+    return _request({name: _number(name, text) for name, text in named.items() if name in (*TIMES, "rows")})
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} must be a number, but is {text[:80]!r}") from None
 
 
 def _of_json(line: str) -> tuple[float, float]:
@@ -205,7 +212,7 @@ def _checked(at: float, rows: float, before: float) -> tuple[float, float]:
     if not (math.isfinite(at) and abs(at) < 1e15):
         raise ValueError(f"the time must be a finite number, but is {at}")
     if at < before:
-        raise ValueError(f"{at:.17g} s comes after {before:.17g} s; sort the requests by time")
+        raise ValueError(f"{at:.15g} s comes after {before:.15g} s; sort the requests by time")
     if not (1 <= rows <= MOST_ROWS and rows == int(rows)):
         raise ValueError(f"rows must be a whole number from 1 to {MOST_ROWS:,}, but is {rows:g}")
     return at, rows
