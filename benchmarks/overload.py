@@ -90,13 +90,14 @@ def told(found: Sent, count: int, seconds: float, alone: float, best: float, mem
     missed = found.planned[count:][~in_time[count:]]
     back = float(missed.max() - start - seconds) if len(missed) else 0.0
     climbed = found.planned[count:][found.rung[count:] == found.rung[count:][-1]]
+    climb = float(climbed.min() - start - seconds) if len(climbed) else float("nan")
     statuses = ", ".join(f"{n:,} with {s}" for s, n in zip(*np.unique(found.status, return_counts=True), strict=True))
     return Found(
         (
             Figure("goodput at 3 x the fastest rung's capacity", f"{goodput / alone:.0%} of it", "90 %",
                    goodput >= GOODPUT * alone),
-            Figure("memory, last third of the overload over the middle one, medians", f"{grown:+.1%}", "bounded: +5 % at most",
-                   grown <= GROWTH),
+            Figure("memory, last third of the overload over the middle one, medians", f"{grown:+.1%}",
+                   "bounded: +5 % at most", grown <= GROWTH),
             Figure("last miss after the overload", f"{back:.2f} s after its end", f"{2 * SLO:g} s", back <= 2 * SLO),
         ),
         f"Overload: {len(found.planned[:count]):,} requests of {CROWD} rows in {seconds:.0f} s, {count / seconds:,.0f} "
@@ -108,6 +109,6 @@ def told(found: Sent, count: int, seconds: float, alone: float, best: float, mem
         f"The server is told {TOLD * 1e3:.0f} ms of the {SLO * 1e3:.0f}. Answered in time: {goodput:,.0f}/s; answers "
         f"by status: {statuses} (0: none came). The server and its process held "
         f"{last / 1e6:.0f} MB in the median of the last third, and {memory.most / 1e6:.0f} MB at most. Then "
-        f"half of what one connection gets from the best rung ({best:,.0f}/s): the rung on which it ended first answered "
-        f"{float(climbed.min() - start - seconds) if len(climbed) else float('nan'):.2f} s after the overload.",
+        f"half of what one connection gets from the best rung ({best:,.0f}/s): the rung on which it ended first "
+        f"answered {climb:.2f} s after the overload.",
     )  # fmt: skip
