@@ -14,7 +14,7 @@ from accelerando.server import descriptions, messages
 from accelerando.server.access import Settings
 from accelerando.server.protocol import inference
 from accelerando.server.repository import Repository
-from accelerando.server.tracing import Tracing
+from accelerando.server.tracing import OFF, Tracing
 from accelerando.server.waiting import woken_by
 
 M = inference().messages
@@ -110,7 +110,8 @@ class Calls:
 
     async def model_infer(self, request: Any, context: Any) -> Any:
         """The answer; what a caller that gives up has in the queue is cancelled."""
-        with self.tracing.request(request.model_name, "grpc", context.invocation_metadata() or ()) as trace:
+        told = () if self.tracing is OFF else context.invocation_metadata() or ()  # reading it takes a while
+        with self.tracing.request(request.model_name, "grpc", told) as trace:
             served = self.shelf.find(request.model_name, request.model_version or None)
             signature, settings = served.signature, self.settings
             asked = messages.wishes(request, context.time_remaining())
