@@ -157,17 +157,17 @@ class Governor:
         slack, rows, floor = signal.queue[0]
         ready = [r for r in rungs if r.ready]
         able = [r for r in ready if r.quality >= floor and r.most_rows >= rows and self._bears(signal, r, rows)]
-        in_time = [r for r in able if r.seconds(rows) * signal.slowdown <= slack]
-        if not in_time:
-            return Decision(None, 0, signal.now, _refusal(signal, ready, able))
         able.sort(key=_quality, reverse=True)
+        if not any(r.seconds(rows) * signal.slowdown <= slack for r in reversed(able)):  # the last is the fastest
+            return Decision(None, 0, signal.now, _refusal(signal, ready, able))
         limits = self._limits(signal, ready)
-        fit = [r for r in able if not limits.reached(r)]
-        if fit:
+        best = next((r for r in able if not limits.reached(r)), None)
+        if best is not None:
             dwell = self.dwell * _unit(signal)
-            rung, pressed = self._stand(last, signal.now, dwell, ready, rungs, fit)
-            why = _why(limits, able, rung, fit[0], dwell)
+            rung, pressed = self._stand(last, signal.now, dwell, limits, ready, rungs, able, best)
+            why = _why(limits, able, rung, best, dwell)
         else:
+            in_time = [r for r in able if r.seconds(rows) * signal.slowdown <= slack]
             rung, pressed = min(in_time, key=limits.cost), signal.now
             why = f"the fastest that is left: even so, {limits.objection(rung)}"
         since = last.since if last is not None and last.rung == rung.number else signal.now
@@ -182,8 +182,8 @@ class Governor:
     def _limits(self, signal: Signal, ready: list[RungState]) -> _Limits:
         unit = _unit(signal)
         load = max(signal.rows, signal.queue[0][1]) + signal.rate * self.horizon * unit
-        full = {r.number: self._full(signal, r) for r in ready}
-        return _Limits(signal, ready, full, (self.wait + self.horizon) * unit / load)
+        costs = {r.number: _shared(r, self._full(signal, r)) for r in ready}
+        return _Limits(signal, ready, costs, (self.wait + self.horizon) * unit / load)
 
     def _full(self, signal: Signal, rung: RungState) -> int:
         """How many rows a full batch of this rung holds; 0 where joining requests does not pay."""
@@ -197,36 +197,38 @@ class Governor:
     def _batch(self, signal: Signal, limits: _Limits, rung: RungState) -> int:
         """Rows of the next batch: the head's, and those of the next requests that fit, where joining pays."""
         rows = limits.rows
-        if signal.rows <= rows or not limits.full[rung.number]:
+        full = self._full(signal, rung) if signal.rows > rows else 0
+        if not full:
             return rows
         longest = min(limits.slack, self.block * signal.patience)
         for k, (_, more, floor) in enumerate(signal.queue[1:], 2):
             joined = rows + more
             most = rung.seconds(joined) * rung.tail * signal.slowdown
-            if floor > rung.quality or joined > rung.most_rows or most > min(longest, limits.spare[k]):
+            if floor > rung.quality or joined > rung.most_rows or most > min(longest, limits.spare_after(k)):
                 return rows
             if not self._bears(signal, rung, joined):
                 return rows
             rows = joined
-        more = min(limits.full[rung.number], signal.rows)
+        more = min(full, signal.rows)
         fits = rung.seconds(more) * rung.tail * signal.slowdown <= longest and self._bears(signal, rung, more)
         return max(rows, more) if fits else rows
 
     # --- hysteresis ---------------------------------------------------------------------------------------------
 
     def _stand(
-        self, last: Decision | None, now: float, dwell: float, ready: list[RungState], rungs: tuple[RungState, ...],
-        fit: list[RungState],
+        self, last: Decision | None, now: float, dwell: float, limits: _Limits, ready: list[RungState],
+        rungs: tuple[RungState, ...], able: list[RungState], best: RungState,
     ) -> tuple[RungState, float]:  # fmt: skip
-        """The rung to stand on among those that fit, best first; and since when no better one could be afforded."""
+        """The rung to stand on among those that fit, of which one is the best; and since when none better fitted."""
         here = next((r for r in rungs if last is not None and r.number == last.rung), None)
-        if last is None or here is None or dwell == 0 or fit[0].quality <= here.quality:
-            return fit[0], now
+        if last is None or here is None or dwell == 0 or best.quality <= here.quality:
+            return best, now
         steps = int(min((now - last.pressed) / dwell, len(rungs)))
         better = sorted({r.quality for r in ready if r.quality > here.quality})
         most = ([here.quality, *better])[min(max(steps, 0), len(better))]
-        rung = next((r for r in fit if r.quality <= most), fit[-1])
-        if rung is fit[0]:
+        fit = (r for r in able if r.quality <= most and not limits.reached(r))
+        rung = next(fit, None) or next(r for r in reversed(able) if not limits.reached(r))
+        if rung is best:
             return rung, now
         climbed = sum(1 for q in better if q <= rung.quality)
         return rung, max(last.pressed, now - dwell * (len(rungs) + 1)) + climbed * dwell
@@ -258,49 +260,45 @@ class _Limits:
     """What bounds the choice for one signal.
 
     Args:
-        full: by rung, the rows of a full batch; 0 where joining does not pay.
+        costs: by rung, the usual seconds of each request and of each of its rows.
         budget: what a row may cost, by the drain law.
+
+    Attributes:
+        spare: how many seconds the head may take so that those behind it are in time.
     """
 
-    __slots__ = ("budget", "costs", "full", "rows", "signal", "slack", "spare")
+    __slots__ = ("_costs", "_ready", "budget", "rows", "signal", "slack", "spare")
 
-    def __init__(self, signal: Signal, ready: list[RungState], full: dict[int, int], budget: float) -> None:
-        self.signal, self.full, self.budget = signal, full, budget
-        self.costs = {r.number: _shared(r, full[r.number]) for r in ready}
+    def __init__(
+        self, signal: Signal, ready: list[RungState], costs: dict[int, tuple[float, float]], budget: float
+    ) -> None:
+        self.signal, self._ready, self._costs, self.budget = signal, ready, costs, budget
         self.slack, self.rows, _ = signal.queue[0]
-        self.spare = self._look_behind(ready)
+        self.spare = self.spare_after(1)
 
     def cost(self, rung: RungState) -> float:
         """Usual seconds that the head adds."""
-        once, each = self.costs[rung.number]
+        once, each = self._costs[rung.number]
         return (once + each * self.rows) * self.signal.slowdown
 
-    def _look_behind(self, ready: list[RungState]) -> list[float]:
-        """[k]: how many seconds the first k requests may take so that those behind them are in time."""
-        signal = self.signal
-        fastest: dict[float, tuple[float, float]] = {}
-        ends, total = [0.0], 0.0
-        for _, rows, floor in signal.queue:
+    def spare_after(self, count: int) -> float:
+        """How many seconds the first requests, so many, may take so that those behind them are in time."""
+        slowdown, fastest = self.signal.slowdown, dict[float, tuple[float, float]]()
+        least, behind = math.inf, 0.0
+        for slack, rows, floor in self.signal.queue[count:]:
             if floor not in fastest:
-                keeping = [self.costs[r.number] for r in ready if r.quality >= floor]
+                keeping = [self._costs[r.number] for r in self._ready if r.quality >= floor]
                 fastest[floor] = min(keeping, key=sum, default=(0.0, 0.0))  # none keeps it: it will be refused
             once, each = fastest[floor]
-            total += (once + each * rows) * signal.slowdown
-            ends.append(total)
-        least = math.inf
-        spare = [least]
-        for k in range(len(signal.queue) - 1, -1, -1):
-            latest = signal.queue[k][0] - ends[k + 1]  # when the queue must be begun for this one
-            if latest < least:
-                least = latest
-            spare.append(least + ends[k])
-        spare.reverse()
-        return spare
+            behind += (once + each * rows) * slowdown
+            if slack - behind < least:
+                least = slack - behind
+        return least
 
     def reached(self, rung: RungState) -> bool:
         """Whether a rung is too slow for the head of the queue."""
         most = rung.seconds(self.rows) * rung.tail * self.signal.slowdown
-        return self.cost(rung) > self.budget * self.rows or most > self.slack or most > self.spare[1]
+        return self.cost(rung) > self.budget * self.rows or most > self.slack or most > self.spare
 
     def objection(self, rung: RungState) -> str:
         """The limit that a rung reaches, in words."""
@@ -313,8 +311,8 @@ class _Limits:
             )
         if most > self.slack:
             return f"up to {_time(most)}, and the first deadline is in {_time(self.slack)}"
-        if most > self.spare[1]:
-            return f"up to {_time(most)}, and those that wait behind can spare {_time(max(self.spare[1], 0.0))}"
+        if most > self.spare:
+            return f"up to {_time(most)}, and those that wait behind can spare {_time(max(self.spare, 0.0))}"
         return f"{_time(cost)} a row"
 
 
