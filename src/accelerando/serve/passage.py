@@ -10,12 +10,13 @@ import struct
 import tempfile
 import time
 import weakref
+from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
-LARGE = 2**16  # bytes of arrays from which on they go by memory: less is quicker by the socket
+LARGE = 2**16  # bytes of an array from which on it goes by memory: less is quicker in the pickle
 ALIGNED = 64  # bytes; an array begins at a multiple of it
-HEAD = struct.Struct("<4Q")  # bytes of the message, of its pickle; whether arrays lie in memory; how many there are
+HEAD = struct.Struct("<2Q")  # bytes of the message; how many arrays lie in memory, whose lengths follow
 CHUNK = 2 * LARGE
 SPIN = 2e-4  # seconds
 
@@ -23,7 +24,7 @@ SPIN = 2e-4  # seconds
 class Passage:
     """One end of a line.  For one thread at a time; who sends waits for a reply before it sends again.
 
-    What is sent is pickled, and pickles are loaded here: both ends must be this program.  The bytes of its contiguous
+    What is sent is pickled, and pickles are loaded here: both ends must be this program.  The bytes of large contiguous
     arrays are kept out of the pickle (protocol 5) and are copied once, into memory that the other end maps.
 
     Args:
@@ -52,29 +53,25 @@ class Passage:
 
     def send(self, value: Any, seconds: float | None = None) -> None:
         """Raises OSError where nobody is at the other end, and TimeoutError where it takes nothing for so long."""
-        buffers: list[pickle.PickleBuffer] = []
-        pickled = pickle.dumps(value, protocol=5, buffer_callback=buffers.append)
-        raws = [buffer.raw() for buffer in buffers]
-        lengths = [len(raw) for raw in raws]
-        begin = HEAD.size + 8 * len(raws) + len(pickled)
-        places, end = _places(lengths, 0)
-        large = end >= LARGE
-        if large:
+        apart: list[memoryview] = []
+
+        def keep_in(buffer: pickle.PickleBuffer) -> bool:
+            raw = buffer.raw()
+            if small := raw.nbytes < LARGE:
+                return small
+            apart.append(raw)
+            return False
+
+        pickled = pickle.dumps(value, protocol=5, buffer_callback=keep_in)
+        lengths = [raw.nbytes for raw in apart]
+        places, end = _places(lengths)
+        if apart:
             area = self._out.at_least(end)
-            for raw, place in zip(raws, places, strict=True):
-                area[place : place + len(raw)] = raw
-            whole = begin
-        else:
-            places, whole = _places(lengths, begin)
-        message = bytearray(whole)
-        HEAD.pack_into(message, 0, whole, len(pickled), large, len(raws))
-        struct.pack_into(f"<{len(raws)}Q", message, HEAD.size, *lengths)
-        message[begin - len(pickled) : begin] = pickled
-        if not large:
-            for raw, place in zip(raws, places, strict=True):
-                message[place : place + len(raw)] = raw
+            for raw, place in zip(apart, places, strict=True):
+                area[place : place + raw.nbytes] = raw
+        whole = HEAD.size + 8 * len(apart) + len(pickled)
         self._end.settimeout(seconds)
-        self._end.sendall(message)
+        self._end.sendall(b"".join((HEAD.pack(whole, len(apart)), struct.pack(f"<{len(apart)}Q", *lengths), pickled)))
 
     def comes_within(self, seconds: float) -> bool:
         """Whether something comes that `receive` has news of, which then need not wait.
@@ -105,17 +102,19 @@ class Passage:
         """
         self._end.settimeout(seconds)
         self._come(HEAD.size)
-        whole, pickled, large, count = HEAD.unpack_from(self._came)
+        whole, count = HEAD.unpack_from(self._came)
         self._come(whole)
-        message, self._came = self._came, bytearray()
-        lengths = struct.unpack_from(f"<{count}Q", message, HEAD.size)
-        begin = HEAD.size + 8 * count + pickled
-        places, end = _places(lengths, 0 if large else begin)
-        area = self._in.at_least(end) if large else memoryview(message)
-        parts: list[Any] = [area[place : place + length] for place, length in zip(places, lengths, strict=True)]
-        if large and self._keep:
-            parts = [bytearray(part) for part in parts]
-        return pickle.loads(memoryview(message)[begin - pickled : begin], buffers=parts)  # noqa: S301  see above
+        message, self._came = memoryview(self._came), bytearray()
+        begin = HEAD.size + 8 * count
+        parts: list[Any] = []
+        if count:
+            lengths = struct.unpack_from(f"<{count}Q", message, HEAD.size)
+            places, end = _places(lengths)
+            area = self._in.at_least(end)
+            parts = [area[place : place + length] for place, length in zip(places, lengths, strict=True)]
+            if self._keep:
+                parts = [bytearray(part) for part in parts]
+        return pickle.loads(message[begin:], buffers=parts)  # noqa: S301  see above
 
     def _come(self, size: int) -> None:
         """Wait for so many bytes of the message."""
@@ -155,9 +154,9 @@ def _file() -> int:
         return os.dup(file.fileno())
 
 
-def _places(lengths: list[int] | tuple[int, ...], begin: int) -> tuple[list[int], int]:
+def _places(lengths: Sequence[int]) -> tuple[list[int], int]:
     """Where arrays of these lengths begin, and where the last one ends."""
-    places, end = [], begin
+    places, end = [], 0
     for length in lengths:
         places.append(-(-end // ALIGNED) * ALIGNED)
         end = places[-1] + length
