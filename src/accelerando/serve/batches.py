@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,9 +28,9 @@ class Batch:
     rung: int
     why: str
 
-    @property
+    @cached_property
     def rows(self) -> int:
-        return sum(t.rows for t in self.tickets)
+        return sum([t.rows for t in self.tickets])
 
 
 def joinable(signature: Signature) -> bool:

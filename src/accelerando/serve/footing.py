@@ -68,7 +68,7 @@ class Footing:
     def states_for(self, rows: int) -> tuple[RungState, ...]:
         """The rungs, as they are for a request of so many rows, which goes piece by piece where it has too many."""
         states = self.states()
-        if all(s.most_rows >= rows for s in states):
+        if rows <= self.company.residents.most_rows:
             return states
         return tuple(replace(s, most_rows=max(s.most_rows, rows)) for s in states)
 
@@ -162,9 +162,8 @@ def check(decision: Decision, rungs: Sequence[RungState]) -> None:
         raise UsageError(f"decide() must give a Decision, but gave {decision!r}")
     if decision.rung is None:
         return
-    ready = [s.number for s in rungs if s.ready]
-    if not (isinstance(decision.rung, int) and decision.rung in ready):
-        known = ", ".join(map(str, ready)) or "none is"
+    if not (isinstance(decision.rung, int) and any(s.ready and s.number == decision.rung for s in rungs)):
+        known = ", ".join(str(s.number) for s in rungs if s.ready) or "none is"
         raise UsageError(
             f"the rung of a Decision must be None or the number of a ready one ({known}), but is {decision.rung!r}"
         )
