@@ -45,16 +45,16 @@ class GovernedModel:
     def __init__(self, bundle: Bundle, goal: Goal, terms: Terms) -> None:
         self._terms, self._goal = terms, goal
         self._changing = threading.Lock()  # `goal`, `update` and `close` come one after another
-        self._closed = False
+        self._closed = self._orphaned = False
+        _MODELS.add(self)
         self._open(bundle)
 
     def _open(self, bundle: Bundle) -> None:
-        self._pid = os.getpid()
         self._cores = threading.Lock()
         self._binding = Binding(bundle.signature)
         company = assemble(bundle, self._goal, self._terms, self._cores, 1)
         self._conductor = Conductor(company, self._terms.governor, self._cores, self._terms.waiting_rows)
-        self._finalize = weakref.finalize(self, _end, self._conductor, self._pid)  # also when the program ends
+        self._finalize = weakref.finalize(self, _end, self._conductor, os.getpid())  # also when the program ends
 
     # --- what is asked ------------------------------------------------------------------------------------------
 
@@ -70,7 +70,7 @@ class GovernedModel:
     @goal.setter
     def goal(self, goal: str | Goal) -> None:
         wanted = goal if isinstance(goal, Goal) else Goal.parse(goal)
-        self._alive()  # in a forked child it makes the lock anew, which its parent may have held
+        self._alive()  # a forked child opens first, which takes the lock
         with self._changing:
             company = self._alive().company
             self._goal = wanted
@@ -177,7 +177,7 @@ class GovernedModel:
                 f"{path} is called otherwise: it takes {', '.join(map(str, bundle.signature.inputs))}, but "
                 f"{', '.join(map(str, self.signature.inputs))} is served; load it under another name"
             )
-        self._alive()
+        self._alive()  # a forked child opens first, which takes the lock
         with self._changing:
             old = self._alive().company
             company = assemble(bundle, self._goal, self._terms, self._cores, old.version + 1, old)
@@ -189,27 +189,32 @@ class GovernedModel:
 
     def close(self) -> None:
         """Answer what was accepted, then give everything back; calls after it raise ClosedError."""
-        if self._pid != os.getpid():  # all that it has is its parent's
-            self._closed = True
-            return
         with self._changing:
             self._closed = True
-            self._finalize()
+            if not self._orphaned:  # else all that it has is its parent's
+                self._finalize()
 
     def _alive(self) -> Conductor:
         """The conductor, which after a fork is a new one: threads do not live on in a child."""
+        if self._orphaned:
+            with self._changing:  # one thread opens, the others wait for it
+                if self._orphaned and not self._closed:
+                    self._open(Bundle.open(self.bundle.path, hashes=False))
+                    self._orphaned = False
         if self._closed:
             raise ClosedError("the model was closed; load it again")
-        if self._pid != os.getpid():
-            self._changing = threading.Lock()
-            self._open(Bundle.open(self._conductor.company.residents.bundle.path, hashes=False))
         return self._conductor
+
+    def _orphan(self) -> None:
+        """In a child that has just been forked: what it has is its parent's, whose threads held who knows which lock."""
+        self._orphaned, self._changing = True, threading.Lock()
 
     # --- what it tells ------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """What it tells about itself: plain data."""
-        return status_of(self._terms.name, self._conductor)
+        may_ask = self._closed and not self._orphaned  # a parent's locks may be held for ever
+        return status_of(self._terms.name, self._conductor if may_ask else self._alive())
 
     def __enter__(self) -> GovernedModel:
         return self
@@ -304,3 +309,15 @@ def _end(conductor: Conductor, pid: int) -> None:
         return  # a forked child ends, but threads, locks and lines are its parent's
     conductor.close()
     conductor.company.end()
+
+
+_MODELS: weakref.WeakSet[GovernedModel] = weakref.WeakSet()  # of this process and its parents
+
+
+def _orphan_all() -> None:
+    for model in list(_MODELS):
+        model._orphan()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_orphan_all)
