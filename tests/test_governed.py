@@ -151,6 +151,42 @@ def test_after_an_update_it_tells_of_the_new_bundle(model: GovernedModel, tmp_pa
     assert sum(rung.answered for rung in model.status().rungs) == 1
 
 
+@pytest.mark.parametrize("closes", [False, True])
+def test_nobody_waits_for_an_update_to_change_the_goal_or_to_turn_callers_away(
+    model: GovernedModel, path: Path, monkeypatch: pytest.MonkeyPatch, closes: bool
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Company:
+        begun.set()
+        assert goes_on.wait(60)
+        return assemble(*args)
+
+    monkeypatch.setattr("accelerando.serve.governed.assemble", slow)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            update = pool.submit(model.update, path)
+            assert begun.wait(60)
+            setting = pool.submit(setattr, model, "goal", "speedup >= 4")
+            setting.result(20)
+            assert model.explain(ROW)[1].rung == 2
+            if closes:
+                closing = pool.submit(model.close)
+                while model.ready:
+                    time.sleep(0.001)
+                with pytest.raises(ClosedError):
+                    model(ROW)
+        finally:
+            goes_on.set()
+        update.result(60)
+    if closes:
+        closing.result()
+        return
+    assert model.version == 2
+    assert str(model.goal) == model.status().goal == "speedup >= 4"
+    assert model.explain(ROW)[1].rung == 2
+
+
 def test_where_nothing_of_the_new_bundle_can_be_loaded_the_old_goes_on(model: GovernedModel, tmp_path: Path) -> None:
     write_bundle(tmp_path / "damaged")
     for file in (tmp_path / "damaged" / "rungs").glob("*/*.json"):

@@ -21,7 +21,7 @@ from accelerando.serve import reception
 from accelerando.serve.account import status_of
 from accelerando.serve.aims import Aims
 from accelerando.serve.binding import Binding
-from accelerando.serve.company import Terms, assemble
+from accelerando.serve.company import Company, Terms, assemble
 from accelerando.serve.conductor import Conductor, Soon
 from accelerando.serve.governor import PRESETS, Decides
 from accelerando.serve.runtime import MachineWarning
@@ -44,7 +44,8 @@ class GovernedModel:
 
     def __init__(self, bundle: Bundle, goal: Goal, terms: Terms) -> None:
         self._terms, self._goal = terms, goal
-        self._changing = threading.Lock()  # `goal`, `update` and `close` come one after another
+        self._changing = threading.Lock()  # `update` and `close` come one after another; they may take long
+        self._conducting = threading.Lock()  # what is conducted changes, by a new goal or bundle; taken last
         self._closed = self._orphaned = False
         _MODELS.add(self)
         self._open(bundle)
@@ -70,12 +71,10 @@ class GovernedModel:
     @goal.setter
     def goal(self, goal: str | Goal) -> None:
         wanted = goal if isinstance(goal, Goal) else Goal.parse(goal)
-        self._alive()  # a forked child opens first, which takes the lock
-        with self._changing:
-            company = self._alive().company
+        conductor = self._alive()
+        with self._conducting:
             self._goal = wanted
-            aims = Aims.of(wanted, company.residents.bundle.ladder)
-            self._conductor.conduct(replace(company, aims=aims))
+            conductor.conduct(_aimed(conductor.company, wanted))
 
     @property
     def bundle(self) -> Bundle:
@@ -181,7 +180,8 @@ class GovernedModel:
         with self._changing:
             old = self._alive().company
             company = assemble(bundle, self._goal, self._terms, self._cores, old.version + 1, old)
-            self._conductor.conduct(company)
+            with self._conducting:  # the goal may be another by now
+                self._conductor.conduct(_aimed(company, self._goal))
             try:
                 old.end()
             finally:
@@ -189,8 +189,8 @@ class GovernedModel:
 
     def close(self) -> None:
         """Answer what was accepted, then give everything back; calls after it raise ClosedError."""
+        self._closed = True  # at once, also where an update has to come to its end first
         with self._changing:
-            self._closed = True
             if not self._orphaned:  # else all that it has is its parent's
                 self._finalize()
 
@@ -207,7 +207,7 @@ class GovernedModel:
 
     def _orphan(self) -> None:
         """In a child that has just been forked: what it has is its parent's, whose threads held who knows which lock."""
-        self._orphaned, self._changing = True, threading.Lock()
+        self._orphaned, self._changing, self._conducting = True, threading.Lock(), threading.Lock()
 
     # --- what it tells ------------------------------------------------------------------------------------------
 
@@ -302,6 +302,10 @@ def govern(
             stacklevel=3,
         )
     return GovernedModel(bundle, wanted, terms)
+
+
+def _aimed(company: Company, goal: Goal) -> Company:
+    return replace(company, aims=Aims.of(goal, company.residents.bundle.ladder))
 
 
 def _end(conductor: Conductor, pid: int) -> None:
