@@ -209,6 +209,61 @@ def test_a_rung_that_raises_is_given_up_and_nothing_is_lost(make: Any) -> None:
     assert broken.closed == 1
 
 
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_whatever_a_backend_raises_the_executor_goes_on(make: Any, raised: BaseException) -> None:
+    held = make(governor=Stands(1, 8))
+    gate, first = hold(held, 1)
+    tickets = [held.ask() for _ in range(3)]
+    for script in held.scripts:
+        script.error = raised
+    gate.set()
+    for ticket in (first, *tickets):
+        with pytest.raises(RowsError, match=f"the model failed on it: {type(raised).__name__}"):
+            ticket.future.result(WAIT)
+    for script in held.scripts:
+        script.error = None
+    assert held.ask().future.result(WAIT)
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), ValueError("no")])
+def test_whatever_a_callback_raises_everybody_is_answered(make: Any, raised: BaseException) -> None:
+    def fail(_: object) -> None:
+        raise raised
+
+    held = make(governor=Stands(1, 8))
+    gate, first = hold(held, 1)
+    tickets = [held.ask() for _ in range(3)]
+    hurried = held.ask(seconds=0.05)
+    for ticket in (first, *tickets, hurried):
+        ticket.future.add_done_callback(fail)
+    with pytest.raises(DeadlineError):
+        hurried.future.result(WAIT)
+    gate.set()
+    assert all(ticket.future.result(WAIT) for ticket in (first, *tickets))
+    hold(held, 1)
+    with pytest.raises(DeadlineError):  # who watches the deadlines goes on too
+        held.ask(seconds=0.05).future.result(WAIT)
+
+
+def test_an_interrupt_reaches_the_caller_whose_request_is_being_run(make: Any) -> None:
+    held = make(governor=Stands(1))
+    held.scripts[1].error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        held.conductor.answer(Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic()))
+    held.scripts[1].error = None
+    assert held.ask().future.result(WAIT)
+    assert held.conductor.answer(Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic()))
+
+
+def test_an_error_before_a_batch_is_chosen_costs_the_head_alone(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = make(governor=Stands(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(held.conductor._footing, "states_for", lambda rows: 1 / 0)
+        with pytest.raises(RowsError, match="ZeroDivisionError"):
+            held.ask(seconds=math.inf).future.result(WAIT)
+    assert held.ask().future.result(WAIT)
+
+
 def test_a_dead_request_is_told_so_while_a_long_batch_runs(make: Any) -> None:
     held = make(governor=Stands(2))
     gate, blocking = hold(held, 2)
@@ -508,11 +563,12 @@ def test_an_error_of_the_runtimes_own_in_a_turn_fails_who_it_meets(make: Any, mo
     assert held.ask().future.result(WAIT)
 
 
-def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any) -> None:
+@pytest.mark.parametrize("raised", [ZeroDivisionError("not today"), SystemExit("not today")])
+def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any, raised: BaseException) -> None:
     class Moody(Stands):
         def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
             if self.rows == 0:
-                raise ZeroDivisionError("not today")
+                raise raised
             return super().decide(last, signal, rungs)
 
     governor = Moody(1, 0)
@@ -520,7 +576,7 @@ def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any) -> 
     tickets = [loop.ask(held), loop.ask(held)]
     loop.turn()
     for ticket in (*tickets, held.ask()):
-        with pytest.raises(OverloadedError, match="the governor failed on it: ZeroDivisionError: not today"):
+        with pytest.raises(OverloadedError, match=f"the governor failed on it: {type(raised).__name__}: not today"):
             ticket.future.result(WAIT)
     governor.rows = 1
     assert held.ask().future.result(WAIT)

@@ -26,6 +26,7 @@ from accelerando.serve.batches import Batch
 from accelerando.serve.company import Company
 from accelerando.serve.footing import Footing
 from accelerando.serve.governor import GLANCE, Decides
+from accelerando.serve.interrupts import interrupts
 from accelerando.serve.isolation import Unfinished
 from accelerando.serve.salvage import Salvage, none_left, of_rows
 from accelerando.serve.status import Stand
@@ -107,7 +108,7 @@ class Conductor:
         if (batch := self._taken(ticket, at_once)) is not None:
             left = None
             try:
-                left = self._serve(batch, patience)
+                left = self._attend(batch, [], patience)
             finally:
                 self._rest(left)
 
@@ -230,15 +231,19 @@ class Conductor:
                 return self._serve(batch, patience)
             if not lost:
                 self.company.audit(self._cores)
-        except Exception as error:  # noqa: BLE001  the executor outlives it, or nobody is answered any more
-            self._give_up(batch, error)
+        except BaseException as error:  # the executor outlives it, or nobody is answered any more
+            self._give_up(batch.tickets if batch else (), error)
+            if interrupts(error):
+                raise
         return None
 
-    def _give_up(self, batch: Batch | None, error: Exception) -> None:
-        log.error("an error of the executor's own", exc_info=error)
-        for ticket in batch.tickets if batch else ():
+    def _give_up(self, tickets: Sequence[Ticket], error: BaseException) -> None:
+        """These requests were begun, and something else than the model failed on them, or was interrupted."""
+        if not interrupts(error):
+            log.error("an error of the executor's own", exc_info=error)
+        for ticket in tickets:
             if not ticket.future.done():
-                ticket.future.set_exception(of_rows(error))
+                ticket.settle(of_rows(error))
 
     def _rest(self, left: Left | None = None) -> None:
         """What ran is done, but for what is left to the executor: whoever waits for the cores may go on."""
@@ -258,7 +263,14 @@ class Conductor:
         head = self._queue.head()
         if head is None:
             return None, lost
-        decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
+        try:
+            decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
+        except BaseException as error:
+            if interrupts(error):
+                raise
+            log.exception("an error of the footing's own")
+            self._queue.remove(head)  # it costs the head alone, and the executor goes on
+            return None, [*lost, (head, "failed", of_rows(error))]
         if decision.rung is None:
             self._queue.remove(head)
             return None, [*lost, (head, "refused", OverloadedError(f"it was refused: {decision.why}"))]
@@ -332,8 +344,8 @@ class Conductor:
         """Do what was left to do of a batch."""
         try:
             rest()
-        except Exception as error:  # noqa: BLE001  logged
-            self._give_up(batch, error)
+        except BaseException as error:  # noqa: BLE001  logged
+            self._give_up(batch.tickets, error)
 
     def _save(self, batch: Batch, failure: Exception) -> None:
         """A batch failed: what can be saved of it is, and only what is poisonous fails."""
@@ -347,7 +359,7 @@ class Conductor:
             else:
                 with self._lock:
                     self.tally.turned_away("failed", saved.ticket.rows)
-                saved.ticket.future.set_exception(saved.error)
+                saved.ticket.settle(saved.error)
 
     def _deliver(self, batch: Batch, answers: Sequence[list[Array]], start: float, end: float) -> None:
         company, number, rows = batch.company, batch.rung, batch.rows
@@ -364,7 +376,7 @@ class Conductor:
                 company.version,
             )  # fmt: skip
             company.note(ticket, leaves, number)
-            ticket.future.set_result(Answer(leaves, why))
+            ticket.settle(Answer(leaves, why))
 
     # --- what it tells, and the end -----------------------------------------------------------------------------
 

@@ -206,7 +206,7 @@ class GovernedModel:
         return self._conductor
 
     def _orphan(self) -> None:
-        """In a child that has just been forked: what it has is its parent's, whose threads held who knows which lock."""
+        """In a child that has just been forked: what it has is its parent's, whose threads may hold any lock."""
         self._orphaned, self._changing, self._conducting = True, threading.Lock(), threading.Lock()
 
     # --- what it tells ------------------------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def none_left(company: Company) -> ClosedError:
     return ClosedError(f"no rung of it is ready ({reasons}); load it again, once its bundle is whole")
 
 
-def of_rows(failure: Exception, where: str = "") -> RowsError:
+def of_rows(failure: BaseException, where: str = "") -> RowsError:
     """What a backend raised, as an error of ours."""
     if isinstance(failure, RowsError):
         return failure if not where else RowsError(where + str(failure))

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from accelerando.interval import Interval
+from accelerando.serve.interrupts import interrupts
 from accelerando.signature import Array
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,18 @@ class Ticket:
     floor: float = -math.inf
     priority: int = 0
     future: Future[Answer] = field(default_factory=Future)
+
+    def settle(self, outcome: Answer | Exception) -> None:
+        """Tell its caller what became of it; whatever a callback of the future raises concerns nobody else."""
+        try:
+            if isinstance(outcome, Exception):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+        except BaseException as error:
+            if interrupts(error):
+                raise
+            log.exception("a callback of a request failed")
 
     @property
     def likeness(self) -> tuple[tuple[int, ...], ...]:

@@ -99,7 +99,7 @@ class WaitingRoom:
         if ticket.future.set_running_or_notify_cancel():
             with self._lock:
                 self._tally.turned_away(how, ticket.rows)
-            ticket.future.set_exception(error)
+            ticket.settle(error)
 
     def close(self) -> None:
         """End the thread, once nobody waits any longer.  Called without the lock."""
