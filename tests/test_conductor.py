@@ -288,6 +288,17 @@ def test_a_caller_that_gives_up_leaves_the_queue(make: Any) -> None:
     assert held.conductor.tally.requests["cancelled"] == 1
 
 
+def test_who_gives_up_between_the_queue_and_the_batch_is_counted_too(make: Any) -> None:
+    held = make(governor=Stands(2))
+    with held.conductor._cores:
+        gone = held.ask()
+        while held.conductor.waiting_rows:
+            time.sleep(0.001)
+        assert gone.future.cancel()
+    assert held.ask().future.result(WAIT)
+    assert held.conductor.tally.requests == {"answered": 1, "cancelled": 1}
+
+
 def test_what_can_not_be_in_time_is_refused_at_once(make: Any) -> None:
     held = make([Script(0.05), Script(0.05), Script(0.05)])
     with pytest.raises(OverloadedError, match="even the fastest rung"):
@@ -709,7 +720,9 @@ def test_whatever_comes_between_everybody_is_answered_once(
     stayed = [t for t in asked if not t.future.cancelled()]
     assert [value_of(t) for t in stayed] == [float(t.leaves[0][0, 0]) for t in stayed]
     held.conductor.close()
-    assert held.conductor.tally.requests["answered"] == len(stayed)
+    counts = held.conductor.tally.requests
+    assert (counts["answered"], counts["cancelled"]) == (len(stayed), len(asked) - len(stayed))
+    assert sum(counts.values()) - counts["late"] == len(asked)
     assert sum(held.scripts[1].calls) == sum(t.rows for t in stayed)
     assert held.conductor.waiting_rows == 0
 

@@ -238,12 +238,17 @@ class Conductor:
         return None
 
     def _give_up(self, tickets: Sequence[Ticket], error: BaseException) -> None:
-        """These requests were begun, and something else than the model failed on them, or was interrupted."""
+        """These requests were taken for a batch, and something else than the model failed, or was interrupted."""
         if not interrupts(error):
             log.error("an error of the executor's own", exc_info=error)
         for ticket in tickets:
-            if not ticket.future.done():
-                ticket.settle(of_rows(error))
+            if ticket.future.running() or (not ticket.future.done() and self._room.begins(ticket)):
+                self._fail(ticket, of_rows(error))
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        with self._lock:
+            self.tally.turned_away("failed", ticket.rows)
+        ticket.settle(error)
 
     def _rest(self, left: Left | None = None) -> None:
         """What ran is done, but for what is left to the executor: whoever waits for the cores may go on."""
@@ -298,7 +303,7 @@ class Conductor:
         self._busy_until = start + expected
         if not self._cores.acquire(timeout=patience if patience < math.inf else -1):
             return partial(self._complete, batch, partial(self._serve, batch))
-        alive = [t for t in batch.tickets if t.future.set_running_or_notify_cancel()]
+        alive = [ticket for ticket in batch.tickets if self._room.begins(ticket)]
         if not alive:
             self._cores.release()
             return None
@@ -357,9 +362,7 @@ class Conductor:
                 alone = Batch([saved.ticket], company, saved.rung, saved.why)
                 self._deliver(alone, [saved.answers], saved.start, saved.end)
             else:
-                with self._lock:
-                    self.tally.turned_away("failed", saved.ticket.rows)
-                saved.ticket.settle(saved.error)
+                self._fail(saved.ticket, saved.error)
 
     def _deliver(self, batch: Batch, answers: Sequence[list[Array]], start: float, end: float) -> None:
         company, number, rows = batch.company, batch.rung, batch.rows

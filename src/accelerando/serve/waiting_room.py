@@ -96,10 +96,21 @@ class WaitingRoom:
 
     def refuse(self, ticket: Ticket, how: str, error: Exception) -> None:
         """Tell somebody who has left the queue that there will be no answer.  Called without the lock."""
-        if ticket.future.set_running_or_notify_cancel():
+        if self.begins(ticket):
             with self._lock:
                 self._tally.turned_away(how, ticket.rows)
             ticket.settle(error)
+
+    def begins(self, ticket: Ticket) -> bool:
+        """Whether somebody who has left the queue is still there: from now on nobody can give up any more.
+
+        Called without the lock, once for each.
+        """
+        if ticket.future.set_running_or_notify_cancel():
+            return True
+        with self._lock:  # it was cancelled on the way from the queue to here, where `_forget` does not find it
+            self._tally.turned_away("cancelled", ticket.rows)
+        return False
 
     def close(self) -> None:
         """End the thread, once nobody waits any longer.  Called without the lock."""
