@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 import signal
@@ -338,6 +339,53 @@ def test_closed_is_closed(path: Path) -> None:
     with pytest.raises(ClosedError, match="load it again"):
         model(ROW)
     assert "closed" in repr(model)
+
+
+@pytest.mark.parametrize("how", ["close", "collected"])
+def test_closing_in_a_callback_answers_what_was_accepted_and_gives_all_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("accelerando.serve.governed.AT_ONCE", 0.0)  # the executor is to answer
+    held, before = [load(path, goal="p99 <= 60s", audit=0)], set(threading.enumerate())
+    with held[0]._cores:  # as if something computed
+        tickets = [held[0].submit([ROW * i]) for i in range(5)]
+        residents, closing = held[0]._conductor.company.residents, threading.Event()
+
+        def close(_: object) -> None:
+            if how == "close":
+                held[0].close()
+            held.clear()
+            gc.collect()
+            closing.set()
+
+        tickets[0].future.add_done_callback(close)
+    for i, ticket in enumerate(tickets):
+        assert ticket.future.result(20).leaves[0][0, 0] == 2.5 * i
+    assert closing.wait(20)
+    for thread in set(threading.enumerate()) | before:
+        if thread.name.startswith("accelerando"):
+            thread.join(20)
+            assert not thread.is_alive(), thread
+    assert all(rung.runner is None for rung in residents)
+
+
+def test_a_call_that_would_wait_for_itself_is_refused(model: GovernedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerando.serve.governed.AT_ONCE", 0.0)  # the executor is to answer
+    said: list[Any] = []
+
+    def call(_: object) -> None:
+        try:
+            said.append(model(ROW))
+        except UsageError as error:
+            said.append(model.submit([ROW]))
+            said.append(str(error))
+
+    with model._cores:
+        model.submit([ROW]).future.add_done_callback(call)
+    while len(said) < 2:
+        time.sleep(0.001)
+    assert "use `submit` there" in said[1]
+    assert said[0].future.result(20)
 
 
 def test_it_tells_where_it_stands(model: GovernedModel) -> None:

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from accelerando.errors import ClosedError, OverloadedError
+from accelerando.errors import ClosedError, OverloadedError, UsageError
 from accelerando.serve import batches
 from accelerando.serve.batches import Batch
 from accelerando.serve.company import Company
@@ -72,7 +72,8 @@ class Conductor:
         self._work = threading.Condition(self._lock)
         self._room = WaitingRoom(self._lock, waiting_rows, self.tally, clock)
         self._queue = self._room.queue
-        self._busy = self._closing = False
+        self._busy = 0  # the thread that serves, as `get_ident` tells; none where it is 0
+        self._closing = False
         self._left: Left | None = None  # by an event loop, of a batch that it began; all are busy until it is done
         self._soon: Soon | None = None  # of the loop that has promised to see to the queue in its next turn
         self._alone = self._calm = 0  # requests yet to be answered without waiting for others, and of how many
@@ -140,7 +141,15 @@ class Conductor:
                 soon(self._serve_soon, at_once, soon)
 
     def answer(self, ticket: Ticket) -> Answer:
-        """The answer to a request whose caller waits for it; raises what `submit` does, or what became of it."""
+        """The answer to a request whose caller waits for it.
+
+        Raises what `submit` does, or what became of it; UsageError where the caller is a callback of another request.
+        """
+        if self._busy == threading.get_ident():
+            raise UsageError(
+                "the model was called by a callback of one of its answers, in the very thread that has to answer it, "
+                "and would wait for ever; use `submit` there, or call it in another thread"
+            )
         self.submit(ticket, at_once=math.inf)
         return ticket.future.result()
 
@@ -152,7 +161,7 @@ class Conductor:
                 alone = (ticket.deadline - ticket.arrived, ticket.rows, ticket.floor)
                 decision = self._footing.decide((alone,), ticket.rows)
                 if decision.rung is not None and self._is_brief(decision.rung, ticket.rows, at_once):
-                    self._busy = True
+                    self._busy = threading.get_ident()
                     return Batch([ticket], self.company, decision.rung, decision.why)
             self._room.enter(ticket)
             if not self._busy:
@@ -167,7 +176,7 @@ class Conductor:
             self.tally.turned_away("refused", ticket.rows)
             raise none_left(self.company)
         busy = max(self._busy_until - ticket.arrived, 0.0) if self._busy else 0.0
-        self._footing.rate.observe(ticket.arrived, ticket.rows, waits=self._busy or len(self._queue) > 0)
+        self._footing.rate.observe(ticket.arrived, ticket.rows, waits=bool(self._busy) or len(self._queue) > 0)
         self._room.admit(ticket, partial(self._footing.soonest, busy=busy))
 
     # --- requests are answered ----------------------------------------------------------------------------------
@@ -190,7 +199,7 @@ class Conductor:
             if not len(self._queue) and self._closing:
                 return None
             batch, lost = self._next() if len(self._queue) else (None, [])
-            self._busy = True
+            self._busy = threading.get_ident()
             return partial(self._attend, batch, lost)
 
     def _is_wanted(self) -> bool:
@@ -206,7 +215,7 @@ class Conductor:
             if self._busy or not len(self._queue):
                 self._room.guard()
                 return
-            self._busy = True
+            self._busy = threading.get_ident()
             self._calm = 0 if len(self._queue) > 1 else min(2 * self._calm + 1, MOST_ALONE)
             self._alone = self._calm
         left: Left | None = None
@@ -253,7 +262,7 @@ class Conductor:
     def _rest(self, left: Left | None = None) -> None:
         """What ran is done, but for what is left to the executor: whoever waits for the cores may go on."""
         with self._lock:
-            self._left, self._busy = left, left is not None
+            self._left, self._busy = left, (self._executor.ident or 0) if left is not None else 0
             self._room.guard()
             if left is not None or self._is_wanted():
                 self._work.notify()
@@ -404,11 +413,20 @@ class Conductor:
             now = self._clock()
             return self._footing.rate.at(now), self._footing.slowness(now), self.tally.utilisation(now)
 
+    def apart(self, work: Callable[[], object]) -> None:
+        """Do what waits for the answers of those who were accepted; by another thread where this one has to give them.
+
+        So it is in callbacks of requests, and where the last reference to a model is dropped in one.
+        """
+        if threading.get_ident() in (self._busy, self._executor.ident, self._room.thread.ident):
+            threading.Thread(target=work, name="accelerando-closing").start()
+        else:
+            work()
+
     def close(self) -> None:
-        """Take no more requests, answer those that were accepted, and end the threads."""
+        """Take no more requests, answer those that were accepted, and end the threads; see `apart`."""
         with self._lock:
             self._closing = True
             self._work.notify_all()
-        if self._executor is not threading.current_thread():
-            self._executor.join()
+        self._executor.join()
         self._room.close()

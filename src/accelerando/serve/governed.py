@@ -188,8 +188,14 @@ class GovernedModel:
                 company.residents.fill()
 
     def close(self) -> None:
-        """Answer what was accepted, then give everything back; calls after it raise ClosedError."""
+        """Answer what was accepted, then give everything back; calls after it raise ClosedError.
+
+        In a callback of a request it does not wait for that, for who is to be answered may wait for the callback.
+        """
         self._closed = True  # at once, also where an update has to come to its end first
+        self._conductor.apart(self._give_back)
+
+    def _give_back(self) -> None:
         with self._changing:
             if not self._orphaned:  # else all that it has is its parent's
                 self._finalize()
@@ -311,8 +317,12 @@ def _aimed(company: Company, goal: Goal) -> Company:
 def _end(conductor: Conductor, pid: int) -> None:
     if pid != os.getpid():
         return  # a forked child ends, but threads, locks and lines are its parent's
-    conductor.close()
-    conductor.company.end()
+
+    def end() -> None:
+        conductor.close()
+        conductor.company.end()
+
+    conductor.apart(end)
 
 
 _MODELS: weakref.WeakSet[GovernedModel] = weakref.WeakSet()  # of this process and its parents
