@@ -275,6 +275,20 @@ def test_a_dead_request_is_told_so_while_a_long_batch_runs(make: Any) -> None:
     assert blocking.future.result(WAIT)
 
 
+def test_whose_patience_is_longer_than_a_thread_can_sleep_holds_up_nobody(make: Any) -> None:
+    held = make(governor=Stands(2), goal="p99 <= 1e300s")
+    gate, blocking = hold(held, 2)
+    patient, hurried = held.ask(seconds=1e10), held.ask(seconds=0.05)
+    time.sleep(0.2)
+    late = held.ask(seconds=0.05)
+    for ticket in (hurried, late):
+        with pytest.raises(DeadlineError):
+            ticket.future.result(WAIT)
+    gate.set()
+    assert blocking.future.result(WAIT)
+    assert patient.future.result(WAIT)
+
+
 def test_a_caller_that_gives_up_leaves_the_queue(make: Any) -> None:
     held = make(governor=Stands(2))
     gate, blocking = hold(held, 2)

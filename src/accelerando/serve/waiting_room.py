@@ -134,7 +134,7 @@ class WaitingRoom:
                     return
                 seconds = self._guarded - self._clock()
                 if seconds > 0:
-                    self._dead.wait(None if seconds == math.inf else seconds)
+                    self._dead.wait(min(seconds, threading.TIMEOUT_MAX))
                     continue
                 lost = self.expired()
             for one in lost:
