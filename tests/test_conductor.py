@@ -264,6 +264,22 @@ def test_an_error_before_a_batch_is_chosen_costs_the_head_alone(make: Any, monke
     assert held.ask().future.result(WAIT)
 
 
+def test_where_the_goal_allows_no_other_rung_one_that_raises_is_given_up_all_the_same(make: Any) -> None:
+    held = make(goal="speedup >= 4")
+    assert held.ask().future.result(WAIT).why.rung == 2
+    held.scripts[2].error = RuntimeError("out of order")
+    assert [held.ask().future.result(WAIT).why.rung for _ in range(4)] == [1, 1, 1, 0]
+    assert held.residents[2].state == "failed"
+
+
+def test_who_asks_for_quality_gets_no_less_where_a_rung_fails(make: Any) -> None:
+    held = make(drops=(0.0, 0.1, 0.3), governor=Stands(0))
+    held.scripts[0].error = RuntimeError("out of order")
+    with pytest.raises(RowsError, match="out of order"):
+        held.ask(floor=held.residents.promise(0)).future.result(WAIT)
+    assert held.ask().future.result(WAIT).why.rung == 1
+
+
 def test_a_dead_request_is_told_so_while_a_long_batch_runs(make: Any) -> None:
     held = make(governor=Stands(2))
     gate, blocking = hold(held, 2)

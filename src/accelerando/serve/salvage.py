@@ -63,8 +63,8 @@ class Salvage:
         Args:
             failure: what the batch failed with.
             company: that answers now; another than the batch's where it was changed meanwhile.
-            ready: numbers of the rungs that can be asked; the batch's own is asked first, for its process may have
-                died of another request, and then one more.
+            ready: numbers of the rungs that can be asked, those first that the goal allows; the batch's own is asked
+                before all, for its process may have died of another request, and then one more.
         """
         rungs = sorted(ready, key=lambda number: number != batch.rung)
         why = f"rung {batch.rung} failed on its batch: {failure}"
@@ -90,8 +90,8 @@ class Salvage:
         """
         failures: dict[int, Exception] = {}
         for number in rungs:
-            if company.residents[number].state != "ready":
-                continue  # it was given up meanwhile
+            if company.residents[number].state != "ready" or company.residents.promise(number) < ticket.floor:
+                continue  # it was given up meanwhile, or promises less than is asked for
             start = self._clock()
             try:
                 answers = self._run(company, number, ticket.leaves)
