@@ -118,6 +118,29 @@ def test_bad_rows_are_refused_before_they_are_queued(model: GovernedModel) -> No
         model.submit([ROW, ROW])
 
 
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        *(({"priority": wrong}, "priority is a whole number") for wrong in ("high", 1.5, -1, 2**32, True, None)),
+        *(({"seconds": wrong}, "seconds must be a number") for wrong in ("3ms", math.nan, [1], 10**400, 1 + 2j)),
+        *(({"min_quality": wrong}, "min_quality must be a number") for wrong in ("x", math.nan, True)),
+    ],
+)
+def test_wishes_that_can_not_be_are_refused_at_the_door(
+    model: GovernedModel, wishes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        model.submit([ROW], **wishes)
+    fine: list[dict[str, Any]] = [{}, {"priority": np.int64(2**32 - 1)}, {"seconds": math.inf}, {"seconds": 10}]
+    assert all(model.submit([ROW], **wish).future.result(20) for wish in fine)
+
+
+@pytest.mark.parametrize("leaves", [5, None, "x", {"x": ROW}])
+def test_inputs_that_are_no_list_are_refused_at_the_door(model: GovernedModel, leaves: Any) -> None:
+    with pytest.raises(DataError, match="must be a list of arrays, one for each of x: float32"):
+        model.submit(leaves)
+
+
 def test_the_goal_changes_from_the_next_batch_on(model: GovernedModel) -> None:
     assert model.explain(ROW)[1].rung in (0, 1, 2)
     model.goal = "speedup >= 4"

@@ -139,7 +139,8 @@ class GovernedModel:
 
         Args:
             leaves: one array for each input, in the signature's order.
-            seconds, min_quality, priority: as `server.repository.Served.submit_soon`, and it raises as that.
+            seconds, min_quality, priority: as `server.repository.Served.submit_soon`, and it raises as that; DataError
+                also where one of them is not a number such as it must be.
         """
         conductor = self._alive()
         ticket = reception.of_leaves(conductor.company, self._binding, leaves, seconds, min_quality, priority)

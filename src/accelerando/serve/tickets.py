@@ -12,6 +12,7 @@ from accelerando.interval import Interval
 from accelerando.serve.interrupts import interrupts
 from accelerando.signature import Array
 
+MOST_PRIORITY = 2**32 - 1  # as the protocols have it
 log = logging.getLogger(__name__)
 
 
@@ -54,7 +55,7 @@ class Ticket:
         rows: how many.
         arrived: seconds of the monotonic clock; `deadline` likewise, infinite where there is none.
         floor: the least quality that will do, oriented like `RungState.quality`.
-        priority: 1 goes first; 0 is the usual, and counts as the lowest.
+        priority: 1 goes first, `MOST_PRIORITY` last but one; 0 is the usual, and counts as the lowest.
         future: gets an `Answer`, or a `ServingError`; a caller that gives up cancels it, and its rows leave the queue.
     """
 
