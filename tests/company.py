@@ -33,7 +33,7 @@ class Script:
     """What a rung does: how long a call takes, what it raises, and what was asked of it."""
 
     seconds: float = 0.0
-    error: Exception | None = None
+    error: BaseException | None = None
     gate: threading.Event | None = None  # a call waits for it
     most_rows: int | None = None  # of a call; more are too many
     calls: list[int] = field(default_factory=list)  # rows of each

@@ -6,7 +6,10 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,6 +18,7 @@ from accelerando.testing.fakes import fakes_known
 
 ROW = np.ones((1, 4), np.float32)
 HANGS = 60  # seconds
+THREADS = 4
 
 
 def forked(path: Path, *how: str) -> str:
@@ -22,7 +26,7 @@ def forked(path: Path, *how: str) -> str:
 
     Args:
         path: of a bundle.
-        how: `isolated`; `asks`, where the child asks the model too.
+        how: `isolated`; `asks`, where threads of the child ask the model too, all at once.
     """
     program = [sys.executable, "-W", "ignore", __file__, str(path), *how]
     return subprocess.run(program, check=True, capture_output=True, text=True, timeout=5 * HANGS).stdout.strip()
@@ -36,11 +40,20 @@ def main(path: str, *how: str) -> None:
         if child == 0:
             signal.alarm(HANGS)
             if "asks" in how:
-                assert (model(ROW) == before).all()
+                with ThreadPoolExecutor(THREADS) as pool:
+                    assert all((y == i * before).all() for i, y in enumerate(pool.map(model, rows())))
+                assert [thread.name for thread in threading.enumerate()].count("accelerando-executor") == 1
             sys.exit(0)
         model._cores.release()
-        _, status = os.waitpid(child, 0)
-        sys.stdout.write(f"{status} {(model(ROW) == before).all()}")
+        status, fine = (0, 0), True
+        while status == (0, 0):
+            fine = fine and all((model(x) == i * before).all() for i, x in enumerate(rows()))
+            status = os.waitpid(child, os.WNOHANG)
+        sys.stdout.write(f"{status[1]} {fine}")
+
+
+def rows() -> list[np.ndarray[Any, Any]]:
+    return [i * ROW for i in range(4 * THREADS)]
 
 
 if __name__ == "__main__":

@@ -209,6 +209,77 @@ def test_a_rung_that_raises_is_given_up_and_nothing_is_lost(make: Any) -> None:
     assert broken.closed == 1
 
 
+@pytest.mark.parametrize("raised", [SystemExit(3), KeyboardInterrupt(), GeneratorExit()])
+def test_whatever_a_backend_raises_the_executor_goes_on(make: Any, raised: BaseException) -> None:
+    held = make(governor=Stands(1, 8))
+    gate, first = hold(held, 1)
+    tickets = [held.ask() for _ in range(3)]
+    for script in held.scripts:
+        script.error = raised
+    gate.set()
+    for ticket in (first, *tickets):
+        with pytest.raises(RowsError, match=f"the model failed on it: {type(raised).__name__}"):
+            ticket.future.result(WAIT)
+    for script in held.scripts:
+        script.error = None
+    assert held.ask().future.result(WAIT)
+
+
+@pytest.mark.parametrize("raised", [SystemExit(3), ValueError("no")])
+def test_whatever_a_callback_raises_everybody_is_answered(make: Any, raised: BaseException) -> None:
+    def fail(_: object) -> None:
+        raise raised
+
+    held = make(governor=Stands(1, 8))
+    gate, first = hold(held, 1)
+    tickets = [held.ask() for _ in range(3)]
+    hurried = held.ask(seconds=0.05)
+    for ticket in (first, *tickets, hurried):
+        ticket.future.add_done_callback(fail)
+    with pytest.raises(DeadlineError):
+        hurried.future.result(WAIT)
+    gate.set()
+    assert all(ticket.future.result(WAIT) for ticket in (first, *tickets))
+    hold(held, 1)
+    with pytest.raises(DeadlineError):  # who watches the deadlines goes on too
+        held.ask(seconds=0.05).future.result(WAIT)
+
+
+def test_an_interrupt_reaches_the_caller_whose_request_is_being_run(make: Any) -> None:
+    held = make(governor=Stands(1))
+    held.scripts[1].error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        held.conductor.answer(Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic()))
+    held.scripts[1].error = None
+    assert held.ask().future.result(WAIT)
+    assert held.conductor.answer(Ticket([np.ones((1, 4), np.float32)], 1, time.monotonic()))
+
+
+def test_an_error_before_a_batch_is_chosen_costs_the_head_alone(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = make(governor=Stands(1))
+    with monkeypatch.context() as patch:
+        patch.setattr(held.conductor._footing, "states_for", lambda rows: 1 / 0)
+        with pytest.raises(RowsError, match="ZeroDivisionError"):
+            held.ask(seconds=math.inf).future.result(WAIT)
+    assert held.ask().future.result(WAIT)
+
+
+def test_where_the_goal_allows_no_other_rung_one_that_raises_is_given_up_all_the_same(make: Any) -> None:
+    held = make(goal="speedup >= 4")
+    assert held.ask().future.result(WAIT).why.rung == 2
+    held.scripts[2].error = RuntimeError("out of order")
+    assert [held.ask().future.result(WAIT).why.rung for _ in range(4)] == [1, 1, 1, 0]
+    assert held.residents[2].state == "failed"
+
+
+def test_who_asks_for_quality_gets_no_less_where_a_rung_fails(make: Any) -> None:
+    held = make(drops=(0.0, 0.1, 0.3), governor=Stands(0))
+    held.scripts[0].error = RuntimeError("out of order")
+    with pytest.raises(RowsError, match="out of order"):
+        held.ask(floor=held.residents.promise(0)).future.result(WAIT)
+    assert held.ask().future.result(WAIT).why.rung == 1
+
+
 def test_a_dead_request_is_told_so_while_a_long_batch_runs(make: Any) -> None:
     held = make(governor=Stands(2))
     gate, blocking = hold(held, 2)
@@ -218,6 +289,20 @@ def test_a_dead_request_is_told_so_while_a_long_batch_runs(make: Any) -> None:
     assert not blocking.future.done()
     gate.set()
     assert blocking.future.result(WAIT)
+
+
+def test_whose_patience_is_longer_than_a_thread_can_sleep_holds_up_nobody(make: Any) -> None:
+    held = make(governor=Stands(2), goal="p99 <= 1e300s")
+    gate, blocking = hold(held, 2)
+    patient, hurried = held.ask(seconds=1e10), held.ask(seconds=0.05)
+    time.sleep(0.2)
+    late = held.ask(seconds=0.05)
+    for ticket in (hurried, late):
+        with pytest.raises(DeadlineError):
+            ticket.future.result(WAIT)
+    gate.set()
+    assert blocking.future.result(WAIT)
+    assert patient.future.result(WAIT)
 
 
 def test_a_caller_that_gives_up_leaves_the_queue(make: Any) -> None:
@@ -231,6 +316,17 @@ def test_a_caller_that_gives_up_leaves_the_queue(make: Any) -> None:
     assert blocking.future.result(WAIT)
     assert sum(held.scripts[2].calls) == 3
     assert held.conductor.tally.requests["cancelled"] == 1
+
+
+def test_who_gives_up_between_the_queue_and_the_batch_is_counted_too(make: Any) -> None:
+    held = make(governor=Stands(2))
+    with held.conductor._cores:
+        gone = held.ask()
+        while held.conductor.waiting_rows:
+            time.sleep(0.001)
+        assert gone.future.cancel()
+    assert held.ask().future.result(WAIT)
+    assert held.conductor.tally.requests == {"answered": 1, "cancelled": 1}
 
 
 def test_what_can_not_be_in_time_is_refused_at_once(make: Any) -> None:
@@ -508,11 +604,12 @@ def test_an_error_of_the_runtimes_own_in_a_turn_fails_who_it_meets(make: Any, mo
     assert held.ask().future.result(WAIT)
 
 
-def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any) -> None:
+@pytest.mark.parametrize("raised", [ZeroDivisionError("not today"), SystemExit("not today")])
+def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any, raised: BaseException) -> None:
     class Moody(Stands):
         def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
             if self.rows == 0:
-                raise ZeroDivisionError("not today")
+                raise raised
             return super().decide(last, signal, rungs)
 
     governor = Moody(1, 0)
@@ -520,7 +617,7 @@ def test_a_governor_that_fails_costs_its_requests_and_nobody_else(make: Any) -> 
     tickets = [loop.ask(held), loop.ask(held)]
     loop.turn()
     for ticket in (*tickets, held.ask()):
-        with pytest.raises(OverloadedError, match="the governor failed on it: ZeroDivisionError: not today"):
+        with pytest.raises(OverloadedError, match=f"the governor failed on it: {type(raised).__name__}: not today"):
             ticket.future.result(WAIT)
     governor.rows = 1
     assert held.ask().future.result(WAIT)
@@ -653,7 +750,9 @@ def test_whatever_comes_between_everybody_is_answered_once(
     stayed = [t for t in asked if not t.future.cancelled()]
     assert [value_of(t) for t in stayed] == [float(t.leaves[0][0, 0]) for t in stayed]
     held.conductor.close()
-    assert held.conductor.tally.requests["answered"] == len(stayed)
+    counts = held.conductor.tally.requests
+    assert (counts["answered"], counts["cancelled"]) == (len(stayed), len(asked) - len(stayed))
+    assert sum(counts.values()) - counts["late"] == len(asked)
     assert sum(held.scripts[1].calls) == sum(t.rows for t in stayed)
     assert held.conductor.waiting_rows == 0
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from accelerando.serve.deadlines import DeadlineQueue
-from accelerando.serve.tickets import Ticket
+from accelerando.serve.tickets import MOST_PRIORITY, Ticket
 
 
 def ticket(
@@ -24,6 +24,14 @@ def test_the_earliest_deadline_goes_first() -> None:
     for one in (late, never, soon):
         queue.push(one)
     assert [queue.take(1, 0.0) for _ in range(3)] == [[soon], [late], [never]]
+
+
+def test_the_usual_comes_after_every_priority() -> None:
+    queue = DeadlineQueue()
+    usual, last = ticket(deadline=1), ticket(deadline=9, priority=MOST_PRIORITY)
+    queue.push(usual)
+    queue.push(last)
+    assert [queue.take(1, 0.0)[0] for _ in range(2)] == [last, usual]
 
 
 def test_a_priority_goes_before_a_deadline() -> None:

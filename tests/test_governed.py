@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import os
 import signal
@@ -117,6 +118,29 @@ def test_bad_rows_are_refused_before_they_are_queued(model: GovernedModel) -> No
         model.submit([ROW, ROW])
 
 
+@pytest.mark.parametrize(
+    ("wishes", "message"),
+    [
+        *(({"priority": wrong}, "priority is a whole number") for wrong in ("high", 1.5, -1, 2**32, True, None)),
+        *(({"seconds": wrong}, "seconds must be a number") for wrong in ("3ms", math.nan, [1], 10**400, 1 + 2j)),
+        *(({"min_quality": wrong}, "min_quality must be a number") for wrong in ("x", math.nan, True)),
+    ],
+)
+def test_wishes_that_can_not_be_are_refused_at_the_door(
+    model: GovernedModel, wishes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        model.submit([ROW], **wishes)
+    fine: list[dict[str, Any]] = [{}, {"priority": np.int64(2**32 - 1)}, {"seconds": math.inf}, {"seconds": 10}]
+    assert all(model.submit([ROW], **wish).future.result(20) for wish in fine)
+
+
+@pytest.mark.parametrize("leaves", [5, None, "x", {"x": ROW}])
+def test_inputs_that_are_no_list_are_refused_at_the_door(model: GovernedModel, leaves: Any) -> None:
+    with pytest.raises(DataError, match="must be a list of arrays, one for each of x: float32"):
+        model.submit(leaves)
+
+
 def test_the_goal_changes_from_the_next_batch_on(model: GovernedModel) -> None:
     assert model.explain(ROW)[1].rung in (0, 1, 2)
     model.goal = "speedup >= 4"
@@ -149,6 +173,42 @@ def test_after_an_update_it_tells_of_the_new_bundle(model: GovernedModel, tmp_pa
     assert told.standing in (0, 1)
     model(ROW)
     assert sum(rung.answered for rung in model.status().rungs) == 1
+
+
+@pytest.mark.parametrize("closes", [False, True])
+def test_nobody_waits_for_an_update_to_change_the_goal_or_to_turn_callers_away(
+    model: GovernedModel, path: Path, monkeypatch: pytest.MonkeyPatch, closes: bool
+) -> None:
+    begun, goes_on = threading.Event(), threading.Event()
+
+    def slow(*args: Any) -> Company:
+        begun.set()
+        assert goes_on.wait(60)
+        return assemble(*args)
+
+    monkeypatch.setattr("accelerando.serve.governed.assemble", slow)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            update = pool.submit(model.update, path)
+            assert begun.wait(60)
+            setting = pool.submit(setattr, model, "goal", "speedup >= 4")
+            setting.result(20)
+            assert model.explain(ROW)[1].rung == 2
+            if closes:
+                closing = pool.submit(model.close)
+                while model.ready:
+                    time.sleep(0.001)
+                with pytest.raises(ClosedError):
+                    model(ROW)
+        finally:
+            goes_on.set()
+        update.result(60)
+    if closes:
+        closing.result()
+        return
+    assert model.version == 2
+    assert str(model.goal) == model.status().goal == "speedup >= 4"
+    assert model.explain(ROW)[1].rung == 2
 
 
 def test_where_nothing_of_the_new_bundle_can_be_loaded_the_old_goes_on(model: GovernedModel, tmp_path: Path) -> None:
@@ -345,6 +405,53 @@ def test_closed_is_closed(path: Path) -> None:
     with pytest.raises(ClosedError, match="load it again"):
         model(ROW)
     assert "closed" in repr(model)
+
+
+@pytest.mark.parametrize("how", ["close", "collected"])
+def test_closing_in_a_callback_answers_what_was_accepted_and_gives_all_back(
+    path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    monkeypatch.setattr("accelerando.serve.governed.AT_ONCE", 0.0)  # the executor is to answer
+    held, before = [load(path, goal="p99 <= 60s", audit=0)], set(threading.enumerate())
+    with held[0]._cores:  # as if something computed
+        tickets = [held[0].submit([ROW * i]) for i in range(5)]
+        residents, closing = held[0]._conductor.company.residents, threading.Event()
+
+        def close(_: object) -> None:
+            if how == "close":
+                held[0].close()
+            held.clear()
+            gc.collect()
+            closing.set()
+
+        tickets[0].future.add_done_callback(close)
+    for i, ticket in enumerate(tickets):
+        assert ticket.future.result(20).leaves[0][0, 0] == 2.5 * i
+    assert closing.wait(20)
+    for thread in set(threading.enumerate()) | before:
+        if thread.name.startswith("accelerando"):
+            thread.join(20)
+            assert not thread.is_alive(), thread
+    assert all(rung.runner is None for rung in residents)
+
+
+def test_a_call_that_would_wait_for_itself_is_refused(model: GovernedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("accelerando.serve.governed.AT_ONCE", 0.0)  # the executor is to answer
+    said: list[Any] = []
+
+    def call(_: object) -> None:
+        try:
+            said.append(model(ROW))
+        except UsageError as error:
+            said.append(model.submit([ROW]))
+            said.append(str(error))
+
+    with model._cores:
+        model.submit([ROW]).future.add_done_callback(call)
+    while len(said) < 2:
+        time.sleep(0.001)
+    assert "use `submit` there" in said[1]
+    assert said[0].future.result(20)
 
 
 def test_it_tells_where_it_stands(model: GovernedModel) -> None:

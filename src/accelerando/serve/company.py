@@ -21,6 +21,7 @@ from accelerando.recipe import Runner
 from accelerando.serve.aims import Aims, orientation
 from accelerando.serve.batches import run_within
 from accelerando.serve.governor import Decides, RungState
+from accelerando.serve.interrupts import interrupts
 from accelerando.serve.isolation import Apart, Remote
 from accelerando.serve.residents import Residents
 from accelerando.serve.tickets import Ticket
@@ -116,7 +117,14 @@ class Company:
         resident.used = time.monotonic()
         most = rows if whole else self.residents.most_rows
         if not isinstance(runner, Remote):
-            return run_within(runner, leaves, most)
+            try:
+                return run_within(runner, leaves, most)
+            except Exception:
+                raise
+            except BaseException as error:
+                if interrupts(error):
+                    raise
+                raise RowsError(f"the model failed on it: {type(error).__name__}: {error}") from error
         return runner.run(leaves, most, patience, cost.seconds(min(rows, most)) if cost else None)
 
     def audit(self, cores: threading.Lock) -> None:

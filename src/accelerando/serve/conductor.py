@@ -20,12 +20,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 
-from accelerando.errors import ClosedError, OverloadedError
+from accelerando.errors import ClosedError, OverloadedError, UsageError
 from accelerando.serve import batches
 from accelerando.serve.batches import Batch
 from accelerando.serve.company import Company
 from accelerando.serve.footing import Footing
 from accelerando.serve.governor import GLANCE, Decides
+from accelerando.serve.interrupts import interrupts
 from accelerando.serve.isolation import Unfinished
 from accelerando.serve.salvage import Salvage, none_left, of_rows
 from accelerando.serve.status import Stand
@@ -71,7 +72,8 @@ class Conductor:
         self._work = threading.Condition(self._lock)
         self._room = WaitingRoom(self._lock, waiting_rows, self.tally, clock)
         self._queue = self._room.queue
-        self._busy = self._closing = False
+        self._busy = 0  # the thread that serves, as `get_ident` tells; none where it is 0
+        self._closing = False
         self._left: Left | None = None  # by an event loop, of a batch that it began; all are busy until it is done
         self._soon: Soon | None = None  # of the loop that has promised to see to the queue in its next turn
         self._alone = self._calm = 0  # requests yet to be answered without waiting for others, and of how many
@@ -107,7 +109,7 @@ class Conductor:
         if (batch := self._taken(ticket, at_once)) is not None:
             left = None
             try:
-                left = self._serve(batch, patience)
+                left = self._attend(batch, [], patience)
             finally:
                 self._rest(left)
 
@@ -139,7 +141,15 @@ class Conductor:
                 soon(self._serve_soon, at_once, soon)
 
     def answer(self, ticket: Ticket) -> Answer:
-        """The answer to a request whose caller waits for it; raises what `submit` does, or what became of it."""
+        """The answer to a request whose caller waits for it.
+
+        Raises what `submit` does, or what became of it; UsageError where the caller is a callback of another request.
+        """
+        if self._busy == threading.get_ident():
+            raise UsageError(
+                "the model was called by a callback of one of its answers, in the very thread that has to answer it, "
+                "and would wait for ever; use `submit` there, or call it in another thread"
+            )
         self.submit(ticket, at_once=math.inf)
         return ticket.future.result()
 
@@ -151,7 +161,7 @@ class Conductor:
                 alone = (ticket.deadline - ticket.arrived, ticket.rows, ticket.floor)
                 decision = self._footing.decide((alone,), ticket.rows)
                 if decision.rung is not None and self._is_brief(decision.rung, ticket.rows, at_once):
-                    self._busy = True
+                    self._busy = threading.get_ident()
                     return Batch([ticket], self.company, decision.rung, decision.why)
             self._room.enter(ticket)
             if not self._busy:
@@ -166,7 +176,7 @@ class Conductor:
             self.tally.turned_away("refused", ticket.rows)
             raise none_left(self.company)
         busy = max(self._busy_until - ticket.arrived, 0.0) if self._busy else 0.0
-        self._footing.rate.observe(ticket.arrived, ticket.rows, waits=self._busy or len(self._queue) > 0)
+        self._footing.rate.observe(ticket.arrived, ticket.rows, waits=bool(self._busy) or len(self._queue) > 0)
         self._room.admit(ticket, partial(self._footing.soonest, busy=busy))
 
     # --- requests are answered ----------------------------------------------------------------------------------
@@ -189,7 +199,7 @@ class Conductor:
             if not len(self._queue) and self._closing:
                 return None
             batch, lost = self._next() if len(self._queue) else (None, [])
-            self._busy = True
+            self._busy = threading.get_ident()
             return partial(self._attend, batch, lost)
 
     def _is_wanted(self) -> bool:
@@ -205,7 +215,7 @@ class Conductor:
             if self._busy or not len(self._queue):
                 self._room.guard()
                 return
-            self._busy = True
+            self._busy = threading.get_ident()
             self._calm = 0 if len(self._queue) > 1 else min(2 * self._calm + 1, MOST_ALONE)
             self._alone = self._calm
         left: Left | None = None
@@ -230,20 +240,29 @@ class Conductor:
                 return self._serve(batch, patience)
             if not lost:
                 self.company.audit(self._cores)
-        except Exception as error:  # noqa: BLE001  the executor outlives it, or nobody is answered any more
-            self._give_up(batch, error)
+        except BaseException as error:  # the executor outlives it, or nobody is answered any more
+            self._give_up(batch.tickets if batch else (), error)
+            if interrupts(error):
+                raise
         return None
 
-    def _give_up(self, batch: Batch | None, error: Exception) -> None:
-        log.error("an error of the executor's own", exc_info=error)
-        for ticket in batch.tickets if batch else ():
-            if not ticket.future.done():
-                ticket.future.set_exception(of_rows(error))
+    def _give_up(self, tickets: Sequence[Ticket], error: BaseException) -> None:
+        """These requests were taken for a batch, and something else than the model failed, or was interrupted."""
+        if not interrupts(error):
+            log.error("an error of the executor's own", exc_info=error)
+        for ticket in tickets:
+            if ticket.future.running() or (not ticket.future.done() and self._room.begins(ticket)):
+                self._fail(ticket, of_rows(error))
+
+    def _fail(self, ticket: Ticket, error: Exception) -> None:
+        with self._lock:
+            self.tally.turned_away("failed", ticket.rows)
+        ticket.settle(error)
 
     def _rest(self, left: Left | None = None) -> None:
         """What ran is done, but for what is left to the executor: whoever waits for the cores may go on."""
         with self._lock:
-            self._left, self._busy = left, left is not None
+            self._left, self._busy = left, (self._executor.ident or 0) if left is not None else 0
             self._room.guard()
             if left is not None or self._is_wanted():
                 self._work.notify()
@@ -258,7 +277,14 @@ class Conductor:
         head = self._queue.head()
         if head is None:
             return None, lost
-        decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
+        try:
+            decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
+        except BaseException as error:
+            if interrupts(error):
+                raise
+            log.exception("an error of the footing's own")
+            self._queue.remove(head)  # it costs the head alone, and the executor goes on
+            return None, [*lost, (head, "failed", of_rows(error))]
         if decision.rung is None:
             self._queue.remove(head)
             return None, [*lost, (head, "refused", OverloadedError(f"it was refused: {decision.why}"))]
@@ -286,7 +312,7 @@ class Conductor:
         self._busy_until = start + expected
         if not self._cores.acquire(timeout=patience if patience < math.inf else -1):
             return partial(self._complete, batch, partial(self._serve, batch))
-        alive = [t for t in batch.tickets if t.future.set_running_or_notify_cancel()]
+        alive = [ticket for ticket in batch.tickets if self._room.begins(ticket)]
         if not alive:
             self._cores.release()
             return None
@@ -332,22 +358,22 @@ class Conductor:
         """Do what was left to do of a batch."""
         try:
             rest()
-        except Exception as error:  # noqa: BLE001  logged
-            self._give_up(batch, error)
+        except BaseException as error:  # noqa: BLE001  logged
+            self._give_up(batch.tickets, error)
 
     def _save(self, batch: Batch, failure: Exception) -> None:
         """A batch failed: what can be saved of it is, and only what is poisonous fails."""
         with self._lock:
             company = self.company
             ready = [s.number for s in self._footing.states() if s.ready]
+            # Then those that the goal rules out, the fastest first: else nobody could tell the rung from the rows.
+            ready += [s.number for s in reversed(company.residents.states) if s.ready and s.number not in ready]
         for saved in self._salvage.each(batch, failure, company, ready):
             if saved.error is None:
                 alone = Batch([saved.ticket], company, saved.rung, saved.why)
                 self._deliver(alone, [saved.answers], saved.start, saved.end)
             else:
-                with self._lock:
-                    self.tally.turned_away("failed", saved.ticket.rows)
-                saved.ticket.future.set_exception(saved.error)
+                self._fail(saved.ticket, saved.error)
 
     def _deliver(self, batch: Batch, answers: Sequence[list[Array]], start: float, end: float) -> None:
         company, number, rows = batch.company, batch.rung, batch.rows
@@ -364,7 +390,7 @@ class Conductor:
                 company.version,
             )  # fmt: skip
             company.note(ticket, leaves, number)
-            ticket.future.set_result(Answer(leaves, why))
+            ticket.settle(Answer(leaves, why))
 
     # --- what it tells, and the end -----------------------------------------------------------------------------
 
@@ -389,11 +415,20 @@ class Conductor:
             now = self._clock()
             return self._footing.rate.at(now), self._footing.slowness(now), self.tally.utilisation(now)
 
+    def apart(self, work: Callable[[], object]) -> None:
+        """Do what waits for the answers of those who were accepted; by another thread where this one has to give them.
+
+        So it is in callbacks of requests, and where the last reference to a model is dropped in one.
+        """
+        if threading.get_ident() in (self._busy, self._executor.ident, self._room.thread.ident):
+            threading.Thread(target=work, name="accelerando-closing").start()
+        else:
+            work()
+
     def close(self) -> None:
-        """Take no more requests, answer those that were accepted, and end the threads."""
+        """Take no more requests, answer those that were accepted, and end the threads; see `apart`."""
         with self._lock:
             self._closing = True
             self._work.notify_all()
-        if self._executor is not threading.current_thread():
-            self._executor.join()
+        self._executor.join()
         self._room.close()

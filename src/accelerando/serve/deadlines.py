@@ -6,11 +6,11 @@ import math
 from bisect import bisect_left, insort
 from itertools import count
 
-from accelerando.serve.tickets import Ticket
+from accelerando.serve.tickets import MOST_PRIORITY, Ticket
 
 LOOK_AHEAD = 64  # requests from the head on that are looked at for a batch
 _Place = tuple[int, float, int]  # priority, deadline, order of arrival: no two are the same
-_FOR_LAST = 2**31  # a request without a priority comes after all that have one
+_FOR_LAST = MOST_PRIORITY + 1  # a request without a priority comes after all that have one
 
 
 class DeadlineQueue:

@@ -14,14 +14,14 @@ from types import TracebackType
 from typing import Any
 
 from accelerando.bundle import Bundle
-from accelerando.errors import ClosedError, UsageError
+from accelerando.errors import ClosedError, GoalError, UsageError
 from accelerando.goal import Goal
 from accelerando.goal_text import BYTES, amount
 from accelerando.serve import reception
 from accelerando.serve.account import status_of
 from accelerando.serve.aims import Aims
 from accelerando.serve.binding import Binding
-from accelerando.serve.company import Terms, assemble
+from accelerando.serve.company import Company, Terms, assemble
 from accelerando.serve.conductor import Conductor, Soon
 from accelerando.serve.governor import PRESETS, Decides
 from accelerando.serve.runtime import MachineWarning
@@ -44,17 +44,18 @@ class GovernedModel:
 
     def __init__(self, bundle: Bundle, goal: Goal, terms: Terms) -> None:
         self._terms, self._goal = terms, goal
-        self._changing = threading.Lock()  # `goal`, `update` and `close` come one after another
-        self._closed = False
+        self._changing = threading.Lock()  # `update` and `close` come one after another; they may take long
+        self._conducting = threading.Lock()  # what is conducted changes, by a new goal or bundle; taken last
+        self._closed = self._orphaned = False
+        _MODELS.add(self)
         self._open(bundle)
 
     def _open(self, bundle: Bundle) -> None:
-        self._pid = os.getpid()
         self._cores = threading.Lock()
         self._binding = Binding(bundle.signature)
         company = assemble(bundle, self._goal, self._terms, self._cores, 1)
         self._conductor = Conductor(company, self._terms.governor, self._cores, self._terms.waiting_rows)
-        self._finalize = weakref.finalize(self, _end, self._conductor, self._pid)  # also when the program ends
+        self._finalize = weakref.finalize(self, _end, self._conductor, os.getpid())  # also when the program ends
 
     # --- what is asked ------------------------------------------------------------------------------------------
 
@@ -70,13 +71,11 @@ class GovernedModel:
     @goal.setter
     def goal(self, goal: str | Goal) -> None:
         wanted = goal if isinstance(goal, Goal) else Goal.parse(goal)
-        self._alive()  # in a forked child it makes the lock anew, which its parent may have held
-        with self._changing:
-            company = self._alive().company
-            company = replace(company, aims=Aims.of(wanted, company.residents.bundle.ladder))
-            company.check()
+        conductor = self._alive()
+        with self._conducting:
+            company = _aimed(conductor.company, wanted)
             self._goal = wanted
-            self._conductor.conduct(company)
+            conductor.conduct(company)
 
     @property
     def bundle(self) -> Bundle:
@@ -141,7 +140,8 @@ class GovernedModel:
 
         Args:
             leaves: one array for each input, in the signature's order.
-            seconds, min_quality, priority: as `server.repository.Served.submit_soon`, and it raises as that.
+            seconds, min_quality, priority: as `server.repository.Served.submit_soon`, and it raises as that; DataError
+                also where one of them is not a number such as it must be.
         """
         conductor = self._alive()
         ticket = reception.of_leaves(conductor.company, self._binding, leaves, seconds, min_quality, priority)
@@ -184,39 +184,56 @@ class GovernedModel:
             raise UsageError(
                 f"{path} was judged by {theirs}, but {ours} is what the goal is about; load it under another name"
             )
-        self._alive()
+        self._alive()  # a forked child opens first, which takes the lock
         with self._changing:
             old = self._alive().company
             company = assemble(bundle, self._goal, self._terms, self._cores, old.version + 1, old)
-            self._conductor.conduct(company)
+            try:
+                with self._conducting:
+                    self._conductor.conduct(_aimed(company, self._goal))  # which may be another by now
+            except GoalError:
+                company.end()
+                old.residents.fill()
+                raise
             try:
                 old.end()
             finally:
                 company.residents.fill()
 
     def close(self) -> None:
-        """Answer what was accepted, then give everything back; calls after it raise ClosedError."""
-        if self._pid != os.getpid():  # all that it has is its parent's
-            self._closed = True
-            return
+        """Answer what was accepted, then give everything back; calls after it raise ClosedError.
+
+        In a callback of a request it does not wait for that, for who is to be answered may wait for the callback.
+        """
+        self._closed = True  # at once, also where an update has to come to its end first
+        self._conductor.apart(self._give_back)
+
+    def _give_back(self) -> None:
         with self._changing:
-            self._closed = True
-            self._finalize()
+            if not self._orphaned:  # else all that it has is its parent's
+                self._finalize()
 
     def _alive(self) -> Conductor:
         """The conductor, which after a fork is a new one: threads do not live on in a child."""
+        if self._orphaned:
+            with self._changing:  # one thread opens, the others wait for it
+                if self._orphaned and not self._closed:
+                    self._open(Bundle.open(self.bundle.path, hashes=False))
+                    self._orphaned = False
         if self._closed:
             raise ClosedError("the model was closed; load it again")
-        if self._pid != os.getpid():
-            self._changing = threading.Lock()
-            self._open(Bundle.open(self._conductor.company.residents.bundle.path, hashes=False))
         return self._conductor
+
+    def _orphan(self) -> None:
+        """In a child that has just been forked: what it has is its parent's, whose threads may hold any lock."""
+        self._orphaned, self._changing, self._conducting = True, threading.Lock(), threading.Lock()
 
     # --- what it tells ------------------------------------------------------------------------------------------
 
     def status(self) -> Status:
         """What it tells about itself: plain data."""
-        return status_of(self._terms.name, self._conductor)
+        may_ask = self._closed and not self._orphaned  # a parent's locks may be held for ever
+        return status_of(self._terms.name, self._conductor if may_ask else self._alive())
 
     def __enter__(self) -> GovernedModel:
         return self
@@ -306,8 +323,31 @@ def govern(
     return GovernedModel(bundle, wanted, terms)
 
 
+def _aimed(company: Company, goal: Goal) -> Company:
+    """A company under another goal.  Raises GoalError where it can't keep it."""
+    aimed = replace(company, aims=Aims.of(goal, company.residents.bundle.ladder))
+    aimed.check()
+    return aimed
+
+
 def _end(conductor: Conductor, pid: int) -> None:
     if pid != os.getpid():
         return  # a forked child ends, but threads, locks and lines are its parent's
-    conductor.close()
-    conductor.company.end()
+
+    def end() -> None:
+        conductor.close()
+        conductor.company.end()
+
+    conductor.apart(end)
+
+
+_MODELS: weakref.WeakSet[GovernedModel] = weakref.WeakSet()  # of this process and its parents
+
+
+def _orphan_all() -> None:
+    for model in list(_MODELS):
+        model._orphan()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_orphan_all)

@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from numbers import Integral, Real
 from typing import Any
+
+import numpy as np
 
 from accelerando.errors import DataError, DeadlineError
 from accelerando.goal_text import TIME, amount
 from accelerando.serve.aims import orientation
 from accelerando.serve.binding import Binding
 from accelerando.serve.company import Company
-from accelerando.serve.tickets import Ticket
+from accelerando.serve.tickets import MOST_PRIORITY, Ticket
 from accelerando.signature import Array
 
 
@@ -38,10 +42,28 @@ def of_leaves(
     priority: int,
 ) -> Ticket:
     """The request of flat inputs, in the signature's order; arguments as `of_bound`, raises as `of_call`."""
-    ports = binding.signature.inputs
-    if len(leaves) != len(ports):
-        raise DataError(f"{len(leaves)} inputs were given, but the model takes {', '.join(map(str, ports))}")
-    return of_bound(company, binding.fit(leaves), seconds, min_quality, priority)
+    takes = ", ".join(map(str, binding.signature.inputs))
+    if not isinstance(leaves, (Sequence, np.ndarray)) or isinstance(leaves, (str, bytes)):
+        raise DataError(f"a {type(leaves).__name__} was given, but must be a list of arrays, one for each of {takes}")
+    if len(leaves) != len(binding.signature.inputs):
+        raise DataError(f"{len(leaves)} inputs were given, but the model takes {takes}")
+    if isinstance(priority, bool) or not isinstance(priority, Integral) or not 0 <= priority <= MOST_PRIORITY:
+        raise DataError(
+            f"the priority is a whole number from 0 to {MOST_PRIORITY:,}, 1 the first and 0 the usual, but "
+            f"{priority!r} was given"
+        )
+    seconds, min_quality = _number(seconds, "seconds"), _number(min_quality, "min_quality")
+    return of_bound(company, binding.fit(leaves), seconds, min_quality, int(priority))
+
+
+def _number(given: float | None, name: str) -> float | None:
+    """A number that was given, if one was; it may be infinite."""
+    if given is None:
+        return None
+    with suppress(OverflowError):
+        if isinstance(given, Real) and not isinstance(given, bool) and not math.isnan(given):
+            return float(given)
+    raise DataError(f"{name} must be a number, or be left out, but {given!r} was given")
 
 
 def of_bound(

@@ -29,6 +29,7 @@ from accelerando.serve import costs
 from accelerando.serve.aims import promise
 from accelerando.serve.batches import joinable
 from accelerando.serve.governor import RungState
+from accelerando.serve.interrupts import interrupts
 from accelerando.serve.isolation import Remote
 from accelerando.serve.sizes import Sizes
 from accelerando.serve.stored_rows import StoredRows
@@ -213,7 +214,9 @@ class Residents:
             cost = self._proven(resident.rung, _aside(runner))
         except AccelerandoError as error:
             return self._leave(resident, "failed", str(error))
-        except Exception as error:  # noqa: BLE001  whatever a backend raises: the other rungs go on
+        except BaseException as error:  # whatever a backend raises: the other rungs go on
+            if interrupts(error):
+                raise
             return self._leave(resident, "failed", f"{type(error).__name__}: {error}")
         if not self._keep(resident, runner, cost):
             runner.close()

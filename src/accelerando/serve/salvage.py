@@ -63,8 +63,8 @@ class Salvage:
         Args:
             failure: what the batch failed with.
             company: that answers now; another than the batch's where it was changed meanwhile.
-            ready: numbers of the rungs that can be asked; the batch's own is asked first, for its process may have
-                died of another request, and then one more.
+            ready: numbers of the rungs that can be asked, those first that the goal allows; the batch's own is asked
+                before all, for its process may have died of another request, and then one more.
         """
         rungs = sorted(ready, key=lambda number: number != batch.rung)
         why = f"rung {batch.rung} failed on its batch: {failure}"
@@ -90,8 +90,8 @@ class Salvage:
         """
         failures: dict[int, Exception] = {}
         for number in rungs:
-            if company.residents[number].state != "ready":
-                continue  # it was given up meanwhile
+            if company.residents[number].state != "ready" or company.residents.promise(number) < ticket.floor:
+                continue  # it was given up meanwhile, or promises less than is asked for
             start = self._clock()
             try:
                 answers = self._run(company, number, ticket.leaves)
@@ -198,7 +198,7 @@ def none_left(company: Company) -> ClosedError:
     return ClosedError(f"no rung of it is ready ({reasons}); load it again, once its bundle is whole")
 
 
-def of_rows(failure: Exception, where: str = "") -> RowsError:
+def of_rows(failure: BaseException, where: str = "") -> RowsError:
     """What a backend raised, as an error of ours."""
     if isinstance(failure, RowsError):
         return failure if not where else RowsError(where + str(failure))

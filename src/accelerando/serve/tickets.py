@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from accelerando.interval import Interval
+from accelerando.serve.interrupts import interrupts
 from accelerando.signature import Array
+
+MOST_PRIORITY = 2**32 - 1  # as the protocols have it
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Ticket:
         rows: how many.
         arrived: seconds of the monotonic clock; `deadline` likewise, infinite where there is none.
         floor: the least quality that will do, oriented like `RungState.quality`.
-        priority: 1 goes first; 0 is the usual, and counts as the lowest.
+        priority: 1 goes first, `MOST_PRIORITY` last but one; 0 is the usual, and counts as the lowest.
         future: gets an `Answer`, or a `ServingError`; a caller that gives up cancels it, and its rows leave the queue.
     """
 
@@ -61,6 +66,18 @@ class Ticket:
     floor: float = -math.inf
     priority: int = 0
     future: Future[Answer] = field(default_factory=Future)
+
+    def settle(self, outcome: Answer | Exception) -> None:
+        """Tell its caller what became of it; whatever a callback of the future raises concerns nobody else."""
+        try:
+            if isinstance(outcome, Exception):
+                self.future.set_exception(outcome)
+            else:
+                self.future.set_result(outcome)
+        except BaseException as error:
+            if interrupts(error):
+                raise
+            log.exception("a callback of a request failed")
 
     @property
     def likeness(self) -> tuple[tuple[int, ...], ...]:

@@ -35,8 +35,8 @@ class WaitingRoom:
         self._dead = threading.Condition(lock)
         self._closing = False
         self._guarded = math.inf  # the deadline for which the thread sleeps
-        self._thread = threading.Thread(target=self._bury, name="accelerando-deadlines", daemon=True)
-        self._thread.start()
+        self.thread = threading.Thread(target=self._bury, name="accelerando-deadlines", daemon=True)
+        self.thread.start()
 
     def admit(self, ticket: Ticket, soonest: Callable[[Ticket, int], float]) -> None:
         """Refuse at once who is lost already.
@@ -96,18 +96,28 @@ class WaitingRoom:
 
     def refuse(self, ticket: Ticket, how: str, error: Exception) -> None:
         """Tell somebody who has left the queue that there will be no answer.  Called without the lock."""
-        if ticket.future.set_running_or_notify_cancel():
+        if self.begins(ticket):
             with self._lock:
                 self._tally.turned_away(how, ticket.rows)
-            ticket.future.set_exception(error)
+            ticket.settle(error)
+
+    def begins(self, ticket: Ticket) -> bool:
+        """Whether somebody who has left the queue is still there: from now on nobody can give up any more.
+
+        Called without the lock, once for each.
+        """
+        if ticket.future.set_running_or_notify_cancel():
+            return True
+        with self._lock:  # it was cancelled on the way from the queue to here, where `_forget` does not find it
+            self._tally.turned_away("cancelled", ticket.rows)
+        return False
 
     def close(self) -> None:
         """End the thread, once nobody waits any longer.  Called without the lock."""
         with self._lock:
             self._closing = True
             self._dead.notify_all()
-        if self._thread is not threading.current_thread():
-            self._thread.join()
+        self.thread.join()
 
     def _forget(self, ticket: Ticket) -> None:
         """Its caller gave up: its rows leave the queue at once."""
@@ -124,7 +134,7 @@ class WaitingRoom:
                     return
                 seconds = self._guarded - self._clock()
                 if seconds > 0:
-                    self._dead.wait(None if seconds == math.inf else seconds)
+                    self._dead.wait(min(seconds, threading.TIMEOUT_MAX))
                     continue
                 lost = self.expired()
             for one in lost:

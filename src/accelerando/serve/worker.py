@@ -41,7 +41,7 @@ def _answer(line: Passage, rungs: _Rungs) -> None:
                 reply = True, getattr(rungs, kind)(*what)
             except AccelerandoError as error:
                 reply = False, error
-            except Exception as error:  # noqa: BLE001  whatever a backend raises is told to the server
+            except BaseException as error:  # noqa: BLE001  whatever a backend raises is told to the server
                 reply = False, RowsError(f"{type(error).__name__}: {error}")
             line.send(reply)
 
