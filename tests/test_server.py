@@ -74,6 +74,10 @@ def start(bundle: Path, *options: str) -> Running:
     return Running(process, lines[0], lines[1], bundle)
 
 
+def log_of(running: Running) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (running.bundle.parent / "log").read_text().splitlines()]
+
+
 @pytest.fixture
 def running(tmp_path: Path) -> Iterator[Running]:
     found = start(bundle_at(tmp_path / "b"), "--log", str(tmp_path / "log"))
@@ -152,6 +156,11 @@ def test_a_killed_worker_loses_nothing(running: Running) -> None:
     reply = running.ask()
     assert reply.status_code == 200, reply.text
     assert reply.json()["outputs"][0]["data"] == ANSWER
+    assert 'accelerando_process_losses_total{model="lin"} 1.0' in httpx.get(f"{running.url}/metrics").text
+    running.stop()
+    (told,) = [line for line in log_of(running) if "was lost" in line["message"]]
+    assert (told["bundle"], told["level"]) == (str(running.bundle), "warning")
+    assert "SIGKILL" in told["reason"]
 
 
 def test_a_new_bundle_takes_over_without_a_failed_request(running: Running, tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ def status_of(name: str, conductor: Conductor) -> Status:
         audited=company.watch.audited if company.watch else 0,
         batches=tally.batches,
         latest=tally.latest,
+        losses=tally.losses,
         drift=company.drift.findings if company.drift else (),
     )
 

@@ -149,7 +149,8 @@ class Company:
             log.debug("an audit failed: %s", error)
             return
         if found is not None and found.quarantine:
-            log.warning("quarantined", extra={"rung": found.rung, "reason": found.why})
+            whose = {"bundle": str(self.residents.bundle.path), "rung": found.rung, "reason": found.why}
+            log.warning("quarantined", extra=whose)
             self.residents.turn_away(found.rung, "quarantined", found.why)
 
     def note(self, ticket: Ticket, leaves: list[Array], number: int) -> None:

@@ -27,7 +27,7 @@ from accelerando.serve.company import Company
 from accelerando.serve.footing import Footing
 from accelerando.serve.governor import GLANCE, Decides
 from accelerando.serve.interrupts import interrupts
-from accelerando.serve.isolation import Unfinished
+from accelerando.serve.isolation import LostError, Unfinished
 from accelerando.serve.salvage import Salvage, none_left, of_rows
 from accelerando.serve.status import Stand
 from accelerando.serve.tally import Tally
@@ -368,6 +368,10 @@ class Conductor:
             ready = [s.number for s in self._footing.states() if s.ready]
             # Then those that the goal rules out, the fastest first: else nobody could tell the rung from the rows.
             ready += [s.number for s in reversed(company.residents.states) if s.ready and s.number not in ready]
+            self.tally.losses += isinstance(failure, LostError)
+        if isinstance(failure, LostError):
+            whose = {"bundle": str(company.residents.bundle.path), "rung": batch.rung, "reason": str(failure)}
+            log.warning("the process that computes was lost; another takes its place", extra=whose)
         for saved in self._salvage.each(batch, failure, company, ready):
             if saved.error is None:
                 alone = Batch([saved.ticket], company, saved.rung, saved.why)

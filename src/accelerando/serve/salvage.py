@@ -115,7 +115,8 @@ class Salvage:
             self._give_up(company, number, f"it failed {FAILURES} times in a row: {failure}")
 
     def _give_up(self, company: Company, number: int, why: str) -> None:
-        log.warning("given up", extra={"rung": number, "reason": why})
+        whose = {"bundle": str(company.residents.bundle.path), "rung": number, "reason": why}
+        log.warning("given up", extra=whose)
         self._failures[number] = 0
         company.residents.turn_away(number, "failed", why)
 

@@ -76,6 +76,7 @@ class Status:
         drift: what of the inputs has drifted, in words; empty where nothing has.
         batches: that were computed for those that are answered; `latest` is when the last was, in seconds since the
             epoch, 0 before the first.
+        losses: how often the process that computed a batch died or hung, and was replaced.
     """
 
     name: str
@@ -108,3 +109,4 @@ class Status:
     drift: tuple[str, ...] = ()
     batches: int = 0
     latest: float = 0.0
+    losses: int = 0

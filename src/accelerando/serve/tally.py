@@ -18,6 +18,7 @@ class Tally:
         self.rows = 0
         self.batches = 0
         self.switches = 0
+        self.losses = 0  # of the process that computed a batch
         self.latest = 0.0  # when the last answer was given, seconds since the epoch
         self._promised = 0.0  # certified quality of rows that were answered in time, summed
         self.all_rows = 0

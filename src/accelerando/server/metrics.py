@@ -53,6 +53,7 @@ GAUGES: tuple[tuple[str, str, Figure], ...] = (
 COUNTERS: tuple[tuple[str, str, Figure], ...] = (
     ("rows", "Rows that were answered.", lambda s: s.rows),
     ("switches", "Times that the governor changed its rung.", lambda s: s.switches),
+    ("process_losses", "Times that the process that computed a batch was lost and replaced.", lambda s: s.losses),
     ("audited", "Requests that were answered again by the best rung, to compare.", lambda s: s.audited),
 )
 RUNG_GAUGES: tuple[tuple[str, str, Callable[[RungStatus], float | None]], ...] = (
