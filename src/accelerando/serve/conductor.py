@@ -39,6 +39,7 @@ TURN = 2e-3  # usual seconds that a turn of an event loop may spend with request
 BESIDE = 5e-5  # of them, what a batch takes beside its own
 MOST_ALONE = 31  # requests that are answered each by itself, where few come, before a turn's wait for others is tried
 PATIENCE = 1e-3  # seconds that an event loop waits for another process
+OURS = "accelerando-"  # how the names of our threads begin
 Soon = Callable[..., object]  # `call_soon` of an event loop
 Left = Callable[[], None]  # what is left to do of a batch
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Conductor:
         self._left: Left | None = None  # by an event loop, of a batch that it began; all are busy until it is done
         self._soon: Soon | None = None  # of the loop that has promised to see to the queue in its next turn
         self._alone = self._calm = 0  # requests yet to be answered without waiting for others, and of how many
-        self._executor = threading.Thread(target=self._execute_all, name="accelerando-executor", daemon=True)
+        self._executor = threading.Thread(target=self._execute_all, name=f"{OURS}executor", daemon=True)
         self._executor.start()
 
     # --- what is conducted --------------------------------------------------------------------------------------
@@ -418,10 +419,12 @@ class Conductor:
     def apart(self, work: Callable[[], object]) -> None:
         """Do what waits for the answers of those who were accepted; by another thread where this one has to give them.
 
-        So it is in callbacks of requests, and where the last reference to a model is dropped in one.
+        So it is in callbacks of requests, and where the last reference to a model is dropped there, or is found by the
+        collector in a thread of ours that loads, measures or answers.
         """
-        if threading.get_ident() in (self._busy, self._executor.ident, self._room.thread.ident):
-            threading.Thread(target=work, name="accelerando-closing").start()
+        here = threading.current_thread()
+        if here.ident == self._busy or (here.daemon and here.name.startswith(OURS)):
+            threading.Thread(target=work, name=f"{OURS}closing", daemon=False).start()
         else:
             work()
 
