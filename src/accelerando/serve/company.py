@@ -11,11 +11,13 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from accelerando.bundle import Bundle
-from accelerando.errors import RowsError
+from accelerando.errors import RowsError, UsageError
 from accelerando.goal import Goal
+from accelerando.goal_text import is_number
 from accelerando.ladder import Rung
 from accelerando.recipe import Runner
 from accelerando.serve.aims import Aims
@@ -168,6 +170,18 @@ class Terms:
     isolated: bool
     model: Any
     name: str
+
+    def __post_init__(self) -> None:
+        if not is_number(self.audit) or not 0 <= self.audit <= 1:
+            raise UsageError(f"audit is a share, from 0 to 1, but {self.audit!r} was given")
+        for name in ("most_rows", "waiting_rows"):
+            rows = getattr(self, name)
+            if not is_number(rows, Integral) or rows < 1:
+                raise UsageError(f"{name} must be a whole number of at least 1, but is {rows!r}")
+        if self.isolated not in (True, False):
+            raise UsageError(f"isolated must be True or False, but is {self.isolated!r}")
+        if self.isolated and self.model is not None:
+            raise UsageError("a module of this process can't be run in another; leave out model= or isolated=")
 
 
 def assemble(
