@@ -118,7 +118,12 @@ class Residents:
 
     @property
     def memory(self) -> int:
-        """Bytes that the process holds more than before the first rung was loaded."""
+        """Bytes that the process holds more than before the first rung of this bundle was loaded.
+
+        Of the whole process: what else it took or gave back since then counts too, and what was there already, such as
+        the backend's library and arena that another model has loaded, does not.  So it can be 0 for the second model of
+        one process; where rungs have a process of their own (`isolated`), it is theirs alone.
+        """
         return max(resident_bytes(self._pid()) - self._before, 0)
 
     @property
