@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,39 @@ def test_it_is_awaited(path: Path) -> None:
 @pytest.mark.parametrize("deadline", ["20s", 20, "20000ms", None])
 def test_a_deadline_of_its_own(model: GovernedModel, deadline: Any) -> None:
     assert model(ROW, deadline=deadline).shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    "deadline", [[1], timedelta(seconds=1), b"3ms", 1 + 2j, 10**400, "1e400s", math.nan, True, np.ones(2)]
+)
+def test_a_deadline_that_is_none_is_refused(model: GovernedModel, deadline: Any) -> None:
+    with pytest.raises(UsageError, match="deadline must be a number or a text such as"):
+        model(ROW, deadline=deadline)
+
+
+def test_what_can_not_become_an_array_is_refused(model: GovernedModel) -> None:
+    for rows in ([[1, 2], [3]], [[1, 2, 3, 4], [[1], 2, 3, 4]]):
+        with pytest.raises(DataError, match="can't become an array"):
+            model(rows)
+        with pytest.raises(DataError, match="can't become an array"):
+            model.submit([rows])
+    with pytest.raises(DataError, match=r"holds -1e\+300, but the model takes x: float32 .* no more than 3.40282e\+38"):
+        model(np.array([[0.0, math.inf, math.nan, -1e300]]))
+    assert np.isposinf(model(np.array([[0.0, 0.0, 0.0, math.inf]]))).all()
+
+
+def test_tensors_that_hold_no_values_of_their_own_are_resolved_or_refused(model: GovernedModel) -> None:
+    torch = pytest.importorskip("torch")
+    assert model(torch._neg_view(-torch.ones(2, 4))).tolist() == [[1.0] * 3] * 2
+    for tensor in (
+        torch.ones(2, 4, device="meta"),
+        torch.ones(2, 4).to_sparse(),
+        torch.ones(2, 4).to(torch.float8_e5m2),
+    ):
+        with pytest.raises(DataError, match="Tensor was given that can't become an array"):
+            model(tensor)
+    with pytest.raises(DataError, match="an input of complex64 was given"):
+        model((torch.ones(2, 4) + 0j).conj())
 
 
 def test_a_deadline_that_can_not_be_kept_is_refused(model: GovernedModel) -> None:
@@ -504,11 +538,26 @@ def test_a_forked_child_that_ends_as_programs_do_ends_nothing_of_its_parents(pat
         ({"memory": "1KB"}, "allow more"),
         ({"rung": 0}, "not both"),
         ({"isolated": True, "model": object()}, "can't be run in another"),
+        *(({"audit": wrong}, "from 0 to 1") for wrong in ("x", None, True, math.nan)),
+        *(({"most_rows": wrong}, "most_rows must be a whole number") for wrong in ("a", 1.5, None, True)),
+        *(({"waiting_rows": wrong}, "waiting_rows must be a whole number") for wrong in (None, 2.5)),
+        *(({"memory": wrong}, "memory must be a number") for wrong in ([1], "1e9999999GB", 10**400, math.nan)),
+        ({"isolated": "no"}, "isolated must be True or False"),
+        ({"foo": 1}, r"load\(\) takes no foo; .* it takes goal, memory, .*, rung"),
     ],
 )
 def test_terms_that_can_not_be(path: Path, terms: dict[str, Any], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         load(path, goal="p99 <= 10s", **terms)
+
+
+@pytest.mark.parametrize("goal", [{}, {"goal": "p99 <= 10s"}])
+def test_what_is_no_path_is_refused(model: GovernedModel, goal: dict[str, Any]) -> None:
+    nowhere: Any = None
+    with pytest.raises(UsageError, match="by the path of its folder, a text or a Path, but None was given"):
+        load(nowhere, **goal)
+    with pytest.raises(UsageError, match="but None was given"):
+        model.update(nowhere)
 
 
 def test_without_a_goal_or_terms_it_is_one_rung(path: Path) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -313,6 +314,37 @@ def test_the_process_ends_with_its_server(apart: Apart) -> None:
     assert apart._life is not None
     apart._life.calls.close()
     assert apart._life.process.wait(60) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="this system does not tell which files are open")
+def test_a_closed_model_keeps_nothing_open(bundle: Path) -> None:
+    def lines() -> list[str]:
+        names = [str(file.readlink()) for file in Path("/proc/self/fd").iterdir() if file.is_symlink()]
+        return sorted(name for name in names if name.startswith(("socket:", "/memfd:accelerando")))
+
+    before = lines()
+    model = load(bundle, goal="p99 <= 60s", isolated=True, audit=0)
+    model(ROW)
+    assert len(lines()) == len(before) + 6
+    kill(model._conductor.company.residents._pid())
+    model(ROW)
+    assert len(lines()) == len(before) + 6
+    model.close()
+    assert lines() == before
+
+
+def test_who_waits_for_a_process_that_is_ended_is_told_so(bundle: Path, apart: Apart) -> None:
+    runner = apart.start(Bundle.open(bundle, hashes=False).ladder[0])
+    os.kill(apart.pid(), signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = [pool.submit(one, [ROW]) for one in (runner, runner.aside())]
+        assert apart._life is not None
+        while not (apart._life.calls._using.locked() and apart._life.loads._using.locked()):
+            time.sleep(0.001)
+        apart.close()
+        for call in waiting:
+            with pytest.raises(LostError):
+                call.result(20)
 
 
 def test_a_bundle_that_was_replaced_is_not_mixed_with_the_old_one(bundle: Path, apart: Apart, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,33 @@ def test_arrays_come_out_as_they_went_in(
         np.testing.assert_array_equal(array, arrived)
         assert arrived.dtype == array.dtype
         assert arrived.flags.writeable
+
+
+def test_who_waits_on_a_line_that_is_closed_is_told_so(ends: tuple[Passage, Passage]) -> None:
+    ours, theirs = ends
+    kept = exchange(theirs, ours, np.full(LARGE, 3.0))
+    told: list[Exception] = []
+
+    def wait() -> None:
+        try:
+            ours.receive(30)
+        except (EOFError, OSError) as error:
+            told.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not ours._using.locked():
+        time.sleep(0.001)
+    ours.close()
+    waiting.join(10)
+    assert len(told) == 1
+    assert not isinstance(told[0], TimeoutError)
+    for talk in (lambda: ours.send(np.zeros(LARGE)), lambda: ours.send(1), ours.receive):
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            talk()
+    assert ours.comes_within(1.0)  # that is what `receive` tells
+    assert (kept == 3.0).all()
+    ours.close()
 
 
 def test_what_is_kept_stays_as_it_was_when_more_comes(ends: tuple[Passage, Passage]) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from accelerando.errors import (
     MissingExtraError,
     ModelError,
     RefusalError,
+    UsageError,
 )
 from accelerando.goal import Goal, Verdict
 from accelerando.ladder import Ladder, Rung
@@ -99,7 +101,10 @@ class Bundle:
         Raises:
             BundleError: it is not a bundle, is damaged, or is of a schema that this version does not read; `code`
                 says which of the ways in `docs/format.md`.
+            UsageError: it is no path.
         """
+        if not isinstance(path, (str, os.PathLike)):
+            raise UsageError(f"a bundle is opened by the path of its folder, a text or a Path, but {path!r} was given")
         path = Path(path)
         bundle = cls._of(path, law.unseal(read_file(path, "manifest.json", law.MANIFEST_BYTES, "not-a-bundle")))
         for rung in bundle.ladder.rungs:

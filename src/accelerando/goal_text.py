@@ -9,6 +9,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
+from numbers import Real
+from typing import Any
 
 from accelerando.errors import GoalError, UsageError
 
@@ -294,18 +296,25 @@ class _Reader:
         return GoalError(f"the goal can't be read:\n\n    {self.text.rstrip()}\n    {carets}\n{what}")
 
 
+def is_number(given: Any, kind: type = Real) -> bool:
+    """Whether what a caller gave is a number, and no truth value: any real one, or of a kind such as `Integral`."""
+    return isinstance(given, kind) and not isinstance(given, bool)
+
+
 def amount(given: str | float, units: dict[str, Decimal], name: str) -> float:
     """A number in base units, as it is or with a unit: 0.003, "3ms".
 
     Raises:
-        UsageError: it is neither.
+        UsageError: it is neither, or not finite.
     """
     if isinstance(given, str):
         found = re.fullmatch(r"\s*([0-9.]+(?:[eE][+-]?[0-9]+)?)\s*([A-Za-z]+)\s*", given)
         with contextlib.suppress(ArithmeticError):
-            if found and found[2] in units:
-                return float(Decimal(found[1]) * units[found[2]])
-    elif not isinstance(given, bool) and math.isfinite(given):
-        return float(given)
+            if found and found[2] in units and math.isfinite(value := float(Decimal(found[1]) * units[found[2]])):
+                return value
+    elif is_number(given):
+        with contextlib.suppress(OverflowError):
+            if math.isfinite(given):
+                return float(given)
     example = next(iter(units))
     raise UsageError(f"{name} must be a number or a text such as '20{example}' ({', '.join(units)}), but got {given!r}")

@@ -218,7 +218,7 @@ def to_numpy(value: Any) -> Array:
     if isinstance(value, np.ndarray):
         return value
     if hasattr(value, "detach"):
-        value = value.detach().cpu()
+        value = value.detach().cpu().resolve_conj().resolve_neg()
         return np.asarray(value.float() if str(value.dtype) == "torch.bfloat16" else value)
     return np.asarray(value)
 
@@ -266,7 +266,10 @@ def _fill(node: Node, value: Any, slots: list[Any], where: str) -> None:
         case {"leaf": int(index)} if hasattr(value, "shape"):
             slots[index] = value
         case {"leaf": int(index)} if isinstance(value, (int, float, list)) and not isinstance(value, bool):
-            slots[index] = np.asarray(value)
+            try:
+                slots[index] = np.asarray(value)
+            except ValueError as error:
+                raise DataError(f"{where!r} can't become an array: {error}; make its rows equally long") from error
         case {"const": constant}:
             same = constant == value or (isinstance(constant, float) and math.isnan(constant))
             if not same and value is not None:

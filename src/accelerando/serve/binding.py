@@ -41,7 +41,7 @@ class Binding:
         given = self._bind_flat(args, kwargs) or self.signature.bind(args, kwargs)
         torch = sys.modules.get("torch")  # there can be no tensor where nobody imported it
         tensors = [x for x in given if isinstance(x, torch.Tensor)] if torch else []
-        return self.fit([_array_of(torch, x) for x in given] if tensors else given), tensors
+        return self.fit([_array_of(x) for x in given] if tensors else given), tensors
 
     def fit(self, given: Sequence[Any]) -> list[Array]:
         """Flat inputs as the model takes them.  Raises as `leaves`."""
@@ -99,7 +99,7 @@ def fit(value: Any, port: Port) -> Array:
     Raises:
         DataError: the dtype would lose what was given, or the shape is another.
     """
-    array = to_numpy(value)
+    array = _array_of(value)
     if array.dtype != port.dtype:
         array = _cast(array, port)
     if not port.fits(array):
@@ -115,7 +115,14 @@ def fit(value: Any, port: Port) -> Array:
 def _cast(array: Array, port: Port) -> Array:
     kind, want = array.dtype.kind, np.dtype(port.dtype)
     if want.kind == "f" and kind in "fiub":
-        return array.astype(want)
+        with np.errstate(over="ignore"):
+            cast = array.astype(want)
+        if not np.isfinite(cast).all() and (lost := array[np.isfinite(array) & ~np.isfinite(cast)]).size:
+            raise DataError(
+                f"an input of {array.dtype} holds {lost[0]:g}, but the model takes {port}, which holds no more than "
+                f"{np.finfo(want).max:g}; scale or clip it"
+            )
+        return cast
     if want.kind in "iu" and kind in "iub":
         bounds = np.iinfo(want)
         if kind == "b" or not array.size or (array.min() >= bounds.min and array.max() <= bounds.max):
@@ -143,12 +150,19 @@ def check_axes(leaves: Sequence[Array], ports: Sequence[Port]) -> None:
                     )
 
 
-def _array_of(torch: Any, value: Any) -> Any:
-    """The array of a tensor, without a copy where it lies in main memory."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    value = value.detach().cpu()
-    return (value.float() if value.dtype is torch.bfloat16 else value).numpy()
+def _array_of(value: Any) -> Array:
+    """The array of an array, a tensor or a list, without a copy where it lies in main memory.
+
+    Raises:
+        DataError: it can't become one.
+    """
+    try:
+        return to_numpy(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(
+            f"a {type(value).__name__} was given that can't become an array: {error}; give a dense array, or a tensor "
+            "of a usual type that holds its values"
+        ) from error
 
 
 def _tensor_of(torch: Any, array: Array, device: Any) -> Any:

@@ -11,17 +11,19 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
+from numbers import Integral
 from typing import TYPE_CHECKING, Any
 
 from accelerando.bundle import Bundle
-from accelerando.errors import GoalError, RowsError
+from accelerando.errors import GoalError, RowsError, UsageError
 from accelerando.goal import Goal
+from accelerando.goal_text import is_number
 from accelerando.ladder import Rung
 from accelerando.recipe import Runner
 from accelerando.serve.aims import Aims, orientation
 from accelerando.serve.batches import run_within
 from accelerando.serve.governor import Decides, RungState
-from accelerando.serve.interrupts import interrupts
+from accelerando.serve.interrupts import is_interrupt
 from accelerando.serve.isolation import Apart, Remote
 from accelerando.serve.residents import Residents
 from accelerando.serve.tickets import Ticket
@@ -122,7 +124,7 @@ class Company:
             except Exception:
                 raise
             except BaseException as error:
-                if interrupts(error):
+                if is_interrupt(error):
                     raise
                 raise RowsError(f"the model failed on it: {type(error).__name__}: {error}") from error
         return runner.run(leaves, most, patience, cost.seconds(min(rows, most)) if cost else None)
@@ -187,6 +189,18 @@ class Terms:
     isolated: bool
     model: Any
     name: str
+
+    def __post_init__(self) -> None:
+        if not is_number(self.audit) or not 0 <= self.audit <= 1:
+            raise UsageError(f"audit is a share, from 0 to 1, but {self.audit!r} was given")
+        for name in ("most_rows", "waiting_rows"):
+            rows = getattr(self, name)
+            if not is_number(rows, Integral) or rows < 1:
+                raise UsageError(f"{name} must be a whole number of at least 1, but is {rows!r}")
+        if self.isolated not in (True, False):
+            raise UsageError(f"isolated must be True or False, but is {self.isolated!r}")
+        if self.isolated and self.model is not None:
+            raise UsageError("a module of this process can't be run in another; leave out model= or isolated=")
 
 
 def assemble(

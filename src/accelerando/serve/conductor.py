@@ -26,7 +26,7 @@ from accelerando.serve.batches import Batch
 from accelerando.serve.company import Company
 from accelerando.serve.footing import Footing
 from accelerando.serve.governor import GLANCE, Decides
-from accelerando.serve.interrupts import interrupts
+from accelerando.serve.interrupts import is_interrupt
 from accelerando.serve.isolation import LostError, Unfinished
 from accelerando.serve.salvage import Salvage, none_left, of_rows
 from accelerando.serve.status import Stand
@@ -39,6 +39,7 @@ TURN = 2e-3  # usual seconds that a turn of an event loop may spend with request
 BESIDE = 5e-5  # of them, what a batch takes beside its own
 MOST_ALONE = 31  # requests that are answered each by itself, where few come, before a turn's wait for others is tried
 PATIENCE = 1e-3  # seconds that an event loop waits for another process
+OURS = "accelerando-"  # how the names of our threads begin
 Soon = Callable[..., object]  # `call_soon` of an event loop
 Left = Callable[[], None]  # what is left to do of a batch
 log = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Conductor:
         self._left: Left | None = None  # by an event loop, of a batch that it began; all are busy until it is done
         self._soon: Soon | None = None  # of the loop that has promised to see to the queue in its next turn
         self._alone = self._calm = 0  # requests yet to be answered without waiting for others, and of how many
-        self._executor = threading.Thread(target=self._execute_all, name="accelerando-executor", daemon=True)
+        self._executor = threading.Thread(target=self._execute_all, name=f"{OURS}executor", daemon=True)
         self._executor.start()
 
     # --- what is conducted --------------------------------------------------------------------------------------
@@ -242,13 +243,13 @@ class Conductor:
                 self.company.audit(self._cores)
         except BaseException as error:  # the executor outlives it, or nobody is answered any more
             self._give_up(batch.tickets if batch else (), error)
-            if interrupts(error):
+            if is_interrupt(error):
                 raise
         return None
 
     def _give_up(self, tickets: Sequence[Ticket], error: BaseException) -> None:
         """These requests were taken for a batch, and something else than the model failed, or was interrupted."""
-        if not interrupts(error):
+        if not is_interrupt(error):
             log.error("an error of the executor's own", exc_info=error)
         for ticket in tickets:
             if ticket.future.running() or (not ticket.future.done() and self._room.begins(ticket)):
@@ -280,7 +281,7 @@ class Conductor:
         try:
             decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
         except BaseException as error:
-            if interrupts(error):
+            if is_interrupt(error):
                 raise
             log.exception("an error of the footing's own")
             self._queue.remove(head)  # it costs the head alone, and the executor goes on
@@ -422,10 +423,12 @@ class Conductor:
     def apart(self, work: Callable[[], object]) -> None:
         """Do what waits for the answers of those who were accepted; by another thread where this one has to give them.
 
-        So it is in callbacks of requests, and where the last reference to a model is dropped in one.
+        So it is in callbacks of requests, and where the last reference to a model is dropped there, or is found by the
+        collector in a thread of ours that loads, measures or answers.
         """
-        if threading.get_ident() in (self._busy, self._executor.ident, self._room.thread.ident):
-            threading.Thread(target=work, name="accelerando-closing").start()
+        here = threading.current_thread()
+        if here.ident == self._busy or (here.daemon and here.name.startswith(OURS)):
+            threading.Thread(target=work, name=f"{OURS}closing", daemon=False).start()
         else:
             work()
 

@@ -17,7 +17,7 @@ from accelerando.serve.aims import banked
 from accelerando.serve.company import Company
 from accelerando.serve.estimates import ArrivalRate, Slowdown
 from accelerando.serve.governor import Decides, Decision, RungState, Signal, soonest
-from accelerando.serve.interrupts import interrupts
+from accelerando.serve.interrupts import is_interrupt
 from accelerando.serve.status import Stand
 from accelerando.serve.tally import Tally
 from accelerando.serve.tickets import Ticket
@@ -131,7 +131,7 @@ class Footing:
             decision = self._governor.decide(self._last, signal, rungs)
             check(decision, rungs)
         except BaseException as error:
-            if interrupts(error):
+            if is_interrupt(error):
                 raise
             log.exception("the governor failed")
             words = f"the governor failed on it: {type(error).__name__}: {error}"

@@ -301,12 +301,6 @@ def govern(
     chosen = PRESETS.get(governor) if isinstance(governor, str) else governor
     if chosen is None or not hasattr(chosen, "decide"):
         raise UsageError(f"the governor must be one of {', '.join(PRESETS)}, or have a decide(), but is {governor!r}")
-    if not 0 <= audit <= 1:
-        raise UsageError(f"audit is a share, from 0 to 1, but {audit!r} was given")
-    if most_rows < 1 or waiting_rows < 1:
-        raise UsageError(f"most_rows and waiting_rows must be at least 1, but are {most_rows} and {waiting_rows}")
-    if isolated and model is not None:
-        raise UsageError("a module of this process can't be run in another; leave out model= or isolated=")
     wanted = bundle.goal if goal is None else goal if isinstance(goal, Goal) else Goal.parse(goal)
     cap = amount(memory, BYTES, "memory") if memory is not None else None
     terms = Terms(

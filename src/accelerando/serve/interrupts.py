@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 
-def interrupts(error: BaseException) -> bool:
+def is_interrupt(error: BaseException) -> bool:
     """Whether this is the user's Ctrl-C, which goes on its way: it comes to the main thread, and no other.
 
     A `SystemExit` and its like, or a `KeyboardInterrupt` elsewhere, is a failure of whoever raised it.

@@ -201,6 +201,7 @@ class _Life:
     def __init__(self, path: Path, gently: bool = False) -> None:
         self.started: dict[str, set[int]] = {}  # rungs by their keys: the numbers of rows that each was asked at a time
         self.ended = False
+        self._ending = threading.Lock()
         (self.calls, theirs), (self.loads, theirs_too) = Passage.made(), Passage.made()
         descriptors = (*theirs, *theirs_too)
         try:
@@ -253,10 +254,13 @@ class _Life:
         return f" of {signal.Signals(-status).name}" if status < 0 else f" with status {status}" if status else ""
 
     def end(self) -> None:
-        """Kill it.  Who still waits for it learns of its death by itself."""
+        """Kill it, and hang up.  Who still waits for it learns of its death by itself."""
         self.ended = True
-        self.process.kill()
-        self.process.wait()
+        with self._ending:
+            self.process.kill()
+            self.process.wait()
+            for line in (self.calls, self.loads):
+                line.close()
 
 
 class Remote(Runner):

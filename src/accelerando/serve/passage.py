@@ -8,6 +8,7 @@ import pickle
 import socket
 import struct
 import tempfile
+import threading
 import time
 import weakref
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ SPIN = 2e-4  # seconds
 
 
 class Passage:
-    """One end of a line.  For one thread at a time; who sends waits for a reply before it sends again.
+    """One end of a line.  For one thread at a time, but for `close`; who sends waits for a reply before it sends again.
 
     What is sent is pickled, and pickles are loaded here: both ends must be this program.  The bytes of large contiguous
     arrays are kept out of the pickle (protocol 5) and are copied once, into memory that the other end maps.
@@ -49,7 +50,19 @@ class Passage:
         self._end, self._keep = end, keep
         self._out, self._in = _Memory(outbound), _Memory(inbound)
         self._came = bytearray()  # of a message, so far
-        self.close = weakref.finalize(self, _close, end, outbound, inbound)  # arrays that were received stay
+        self._using = threading.Lock()
+        self._close = weakref.finalize(self, _close, end, outbound, inbound)
+
+    def close(self) -> None:
+        """Hang up: a thread that waits on the line gets EOFError or OSError.  Arrays that were received stay.
+
+        The descriptors are closed only when that thread has left, for their numbers may be given to others at once.
+        """
+        with suppress(OSError):
+            self._end.shutdown(socket.SHUT_RDWR)
+        with self._using:
+            self._close()
+            self._out, self._in = _Memory(-1), _Memory(-1)
 
     def send(self, value: Any, seconds: float | None = None) -> None:
         """Raises OSError where nobody is at the other end, and TimeoutError where it takes nothing for so long."""
@@ -65,33 +78,36 @@ class Passage:
         pickled = pickle.dumps(value, protocol=5, buffer_callback=keep_in)
         lengths = [raw.nbytes for raw in apart]
         places, end = _places(lengths)
-        if apart:
-            area = self._out.at_least(end)
-            for raw, place in zip(apart, places, strict=True):
-                area[place : place + raw.nbytes] = raw
         whole = HEAD.size + 8 * len(apart) + len(pickled)
-        self._end.settimeout(seconds)
-        self._end.sendall(b"".join((HEAD.pack(whole, len(apart)), struct.pack(f"<{len(apart)}Q", *lengths), pickled)))
+        head = HEAD.pack(whole, len(apart)) + struct.pack(f"<{len(apart)}Q", *lengths)
+        with self._using:
+            if apart:
+                area = self._out.at_least(end)
+                for raw, place in zip(apart, places, strict=True):
+                    area[place : place + raw.nbytes] = raw
+            self._end.settimeout(seconds)
+            self._end.sendall(head + pickled)
 
     def comes_within(self, seconds: float) -> bool:
         """Whether something comes that `receive` has news of, which then need not wait.
 
         At first it looks again and again: to be woken by another core takes longer than a small model.
         """
-        try:
-            self._end.settimeout(0)
-            until = time.perf_counter() + min(SPIN, seconds)
-            while time.perf_counter() < until:
-                with suppress(BlockingIOError):
-                    self._come(HEAD.size)
-                    return True
-            self._end.settimeout(seconds)
-            self._come(HEAD.size)
-        except TimeoutError:
-            return False
-        except (EOFError, OSError):
-            pass  # `receive` will say so
-        return True
+        with self._using:
+            try:
+                self._end.settimeout(0)
+                until = time.perf_counter() + min(SPIN, seconds)
+                while time.perf_counter() < until:
+                    with suppress(BlockingIOError):
+                        self._come(HEAD.size)
+                        return True
+                self._end.settimeout(seconds)
+                self._come(HEAD.size)
+            except TimeoutError:
+                return False
+            except (EOFError, OSError):
+                pass  # `receive` will say so
+            return True
 
     def receive(self, seconds: float | None = None) -> Any:
         """What was sent.
@@ -100,21 +116,22 @@ class Passage:
             EOFError, OSError: nobody is at the other end (any longer).
             TimeoutError: it has not come for so long; it can be waited for again.
         """
-        self._end.settimeout(seconds)
-        self._come(HEAD.size)
-        whole, count = HEAD.unpack_from(self._came)
-        self._come(whole)
-        message, self._came = memoryview(self._came), bytearray()
-        begin = HEAD.size + 8 * count
-        parts: list[Any] = []
-        if count:
-            lengths = struct.unpack_from(f"<{count}Q", message, HEAD.size)
-            places, end = _places(lengths)
-            area = self._in.at_least(end)
-            parts = [area[place : place + length] for place, length in zip(places, lengths, strict=True)]
-            if self._keep:
-                parts = [bytearray(part) for part in parts]
-        return pickle.loads(message[begin:], buffers=parts)  # noqa: S301  see above
+        with self._using:
+            self._end.settimeout(seconds)
+            self._come(HEAD.size)
+            whole, count = HEAD.unpack_from(self._came)
+            self._come(whole)
+            message, self._came = memoryview(self._came), bytearray()
+            begin = HEAD.size + 8 * count
+            parts: list[Any] = []
+            if count:
+                lengths = struct.unpack_from(f"<{count}Q", message, HEAD.size)
+                places, end = _places(lengths)
+                area = self._in.at_least(end)
+                parts = [area[place : place + length] for place, length in zip(places, lengths, strict=True)]
+                if self._keep:
+                    parts = [bytearray(part) for part in parts]
+            return pickle.loads(message[begin:], buffers=parts)  # noqa: S301  see above
 
     def _come(self, size: int) -> None:
         """Wait for so many bytes of the message."""

@@ -6,13 +6,11 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from numbers import Integral, Real
+from numbers import Integral
 from typing import Any
 
-import numpy as np
-
 from accelerando.errors import DataError, DeadlineError
-from accelerando.goal_text import TIME, amount
+from accelerando.goal_text import TIME, amount, is_number
 from accelerando.serve.aims import orientation
 from accelerando.serve.binding import Binding
 from accelerando.serve.company import Company
@@ -43,11 +41,11 @@ def of_leaves(
 ) -> Ticket:
     """The request of flat inputs, in the signature's order; arguments as `of_bound`, raises as `of_call`."""
     takes = ", ".join(map(str, binding.signature.inputs))
-    if not isinstance(leaves, (Sequence, np.ndarray)) or isinstance(leaves, (str, bytes)):
+    if isinstance(leaves, (str, bytes, Mapping)) or not hasattr(leaves, "__len__"):
         raise DataError(f"a {type(leaves).__name__} was given, but must be a list of arrays, one for each of {takes}")
     if len(leaves) != len(binding.signature.inputs):
         raise DataError(f"{len(leaves)} inputs were given, but the model takes {takes}")
-    if isinstance(priority, bool) or not isinstance(priority, Integral) or not 0 <= priority <= MOST_PRIORITY:
+    if not is_number(priority, Integral) or not 0 <= priority <= MOST_PRIORITY:
         raise DataError(
             f"the priority is a whole number from 0 to {MOST_PRIORITY:,}, 1 the first and 0 the usual, but "
             f"{priority!r} was given"
@@ -61,7 +59,7 @@ def _number(given: float | None, name: str) -> float | None:
     if given is None:
         return None
     with suppress(OverflowError):
-        if isinstance(given, Real) and not isinstance(given, bool) and not math.isnan(given):
+        if is_number(given) and not math.isnan(given):
             return float(given)
     raise DataError(f"{name} must be a number, or be left out, but {given!r} was given")
 

@@ -29,7 +29,7 @@ from accelerando.serve import costs
 from accelerando.serve.aims import promise
 from accelerando.serve.batches import joinable
 from accelerando.serve.governor import RungState
-from accelerando.serve.interrupts import interrupts
+from accelerando.serve.interrupts import is_interrupt
 from accelerando.serve.isolation import Remote
 from accelerando.serve.sizes import Sizes
 from accelerando.serve.stored_rows import StoredRows
@@ -118,7 +118,12 @@ class Residents:
 
     @property
     def memory(self) -> int:
-        """Bytes that the process holds more than before the first rung was loaded."""
+        """Bytes that the process holds more than before the first rung of this bundle was loaded.
+
+        Of the whole process: what else it took or gave back since then counts too, and what was there already, such as
+        the backend's library and arena that another model has loaded, does not.  So it can be 0 for the second model of
+        one process; where rungs have a process of their own (`isolated`), it is theirs alone.
+        """
         return max(resident_bytes(self._pid()) - self._before, 0)
 
     @property
@@ -215,7 +220,7 @@ class Residents:
         except AccelerandoError as error:
             return self._leave(resident, "failed", str(error))
         except BaseException as error:  # whatever a backend raises: the other rungs go on
-            if interrupts(error):
+            if is_interrupt(error):
                 raise
             return self._leave(resident, "failed", f"{type(error).__name__}: {error}")
         if not self._keep(resident, runner, cost):

@@ -57,8 +57,8 @@ def load(
 ) -> FastModel | GovernedModel:
     """The fast model of a bundle, to be called like the model from which it was made.
 
-    Without a goal it is one rung; with one it is the whole ladder under a governor, which stands on the best rung that
-    the goal allows at each moment.
+    Without a goal it is one rung; with one, or with a term of the governor, it is the whole ladder under a governor,
+    which stands on the best rung that the goal allows at each moment.
 
     Args:
         path: the folder.
@@ -66,10 +66,11 @@ def load(
             the best by the goal of those that can run here; `note` says why where that is not the bundle's best.
         goal: what is asked for while it runs, as in "p99 <= 5ms, drop <= 1%".
         model: the original module, which rungs that run its own code need.
-        terms: only with a goal: `memory` that the loaded rungs may hold, as in "200MB"; `governor` (`steady`,
-            `balanced`, `responsive`, or an object with the same `decide`); `audit`, the share of requests that are
-            asked of the best rung too when there is time; `isolated`, to compute in a process of its own; `most_rows`
-            of a batch; `waiting_rows` that the queue takes; `name`.
+        terms: of the governor, which is there with any of them, under the bundle's own goal where none is given:
+            `memory` that the loaded rungs may hold, as in "200MB"; `governor` (`steady`, `balanced`, `responsive`, or
+            an object with the same `decide`); `audit`, the share of requests that are asked of the best rung too when
+            there is time; `isolated`, to compute in a process of its own; `most_rows` of a batch; `waiting_rows` that
+            the queue takes; `name`.
 
     Raises:
         BundleError: the folder is not a bundle, is damaged, or holds no rung that can run here (`no-rung`).
@@ -83,6 +84,9 @@ def load(
     if goal is not None or terms:
         from accelerando.serve.governed import govern
 
+        known = govern.__kwdefaults__ or {}
+        if unknown := " and no ".join(name for name in terms if name not in known):
+            raise UsageError(f"load() takes no {unknown}; beside the path it takes {', '.join(known)}, rung")
         if rung is not None:
             raise UsageError("a governor chooses the rung: give rung= or goal=, not both")
         return govern(path, goal=goal, model=model, **terms)

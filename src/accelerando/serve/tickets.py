@@ -9,7 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from accelerando.interval import Interval
-from accelerando.serve.interrupts import interrupts
+from accelerando.serve.interrupts import is_interrupt
 from accelerando.signature import Array
 
 MOST_PRIORITY = 2**32 - 1  # as the protocols have it
@@ -75,7 +75,7 @@ class Ticket:
             else:
                 self.future.set_result(outcome)
         except BaseException as error:
-            if interrupts(error):
+            if is_interrupt(error):
                 raise
             log.exception("a callback of a request failed")
 

@@ -35,8 +35,8 @@ class WaitingRoom:
         self._dead = threading.Condition(lock)
         self._closing = False
         self._guarded = math.inf  # the deadline for which the thread sleeps
-        self.thread = threading.Thread(target=self._bury, name="accelerando-deadlines", daemon=True)
-        self.thread.start()
+        self._thread = threading.Thread(target=self._bury, name="accelerando-deadlines", daemon=True)
+        self._thread.start()
 
     def admit(self, ticket: Ticket, soonest: Callable[[Ticket, int], float]) -> None:
         """Refuse at once who is lost already.
@@ -117,7 +117,7 @@ class WaitingRoom:
         with self._lock:
             self._closing = True
             self._dead.notify_all()
-        self.thread.join()
+        self._thread.join()
 
     def _forget(self, ticket: Ticket) -> None:
         """Its caller gave up: its rows leave the queue at once."""
