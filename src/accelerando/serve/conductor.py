@@ -132,6 +132,7 @@ class Conductor:
             self.submit(ticket, at_once, PATIENCE)
             return
         with self._lock:
+            self._come(ticket)
             self._admit(ticket)
             if self._busy:
                 self._room.enter(ticket)  # who is busy wakes the executor when it is done
@@ -157,27 +158,31 @@ class Conductor:
     def _taken(self, ticket: Ticket, at_once: float) -> Batch | None:
         """A batch of its own, which the caller is to run; none where it was put into the queue."""
         with self._lock:
-            self._admit(ticket)
+            self._come(ticket)
             if at_once and not self._busy and not len(self._queue):
                 alone = (ticket.deadline - ticket.arrived, ticket.rows, ticket.floor)
                 decision = self._footing.decide((alone,), ticket.rows)
                 if decision.rung is not None and self._is_brief(decision.rung, ticket.rows, at_once):
                     self._busy = threading.get_ident()
                     return Batch([ticket], self.company, decision.rung, decision.why)
+            self._admit(ticket)
             self._room.enter(ticket)
             if not self._busy:
                 self._work.notify()
             return None
 
-    def _admit(self, ticket: Ticket) -> None:
-        """Count it as an arrival, and refuse it at once where it is lost already."""
+    def _come(self, ticket: Ticket) -> None:
+        """Count it as an arrival, where there is anybody to answer it."""
         if self._closing:
             raise ClosedError("the model was closed; load it again")
         if not self.company.residents.ready:
             self.tally.turned_away("refused", ticket.rows)
             raise none_left(self.company)
-        busy = max(self._busy_until - ticket.arrived, 0.0) if self._busy else 0.0
         self._footing.rate.observe(ticket.arrived, ticket.rows, waits=bool(self._busy) or len(self._queue) > 0)
+
+    def _admit(self, ticket: Ticket) -> None:
+        """Refuse it at once where it is lost already."""
+        busy = max(self._busy_until - ticket.arrived, 0.0) if self._busy else 0.0
         self._room.admit(ticket, partial(self._footing.soonest, busy=busy))
 
     # --- requests are answered ----------------------------------------------------------------------------------
@@ -317,7 +322,8 @@ class Conductor:
         if not alive:
             self._cores.release()
             return None
-        batch = replace(batch, tickets=alive)
+        if len(alive) < len(batch.tickets):
+            batch = replace(batch, tickets=alive)
 
         def run() -> list[Array]:
             return batch.company.run(batch.rung, batches.join(alive), patience)

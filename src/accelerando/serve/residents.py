@@ -104,6 +104,7 @@ class Residents:
         self._order: tuple[int, ...] = ()
         self._before: int = elder._before if elder is not None and elder._pid() == pid() else resident_bytes(pid())
         self.states: tuple[RungState, ...] = ()  # of all that did not fail; replaced as a whole, never changed
+        self.ready = False  # whether there is a rung to stand on
         if cap is not None and (least := self._foreseen(self._pinned)) > cap:
             raise UsageError(
                 f"a memory of {cap:,} bytes was allowed, but the fastest rung, {self._all[-1].rung.recipe}, takes "
@@ -125,11 +126,6 @@ class Residents:
         one process; where rungs have a process of their own (`isolated`), it is theirs alone.
         """
         return max(resident_bytes(self._pid()) - self._before, 0)
-
-    @property
-    def ready(self) -> bool:
-        """Whether there is a rung to stand on."""
-        return any(s.ready for s in self.states)
 
     def may_come(self, number: int) -> bool:
         """Whether a rung is ready or may be yet: it was not turned away, and has room beside the fastest."""
@@ -369,6 +365,7 @@ class Residents:
             for r, cost in zip(self._all, costs_here, strict=True)
             if r.state != "failed"
         )  # fmt: skip
+        self.ready = any(s.ready for s in self.states)
 
     def close(self) -> None:
         """Give everything back, once nothing computes with it."""
