@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -44,7 +45,10 @@ class Echo:
 
 @asynccontextmanager
 async def served(app: Any) -> AsyncIterator[int]:
-    config = uvicorn.Config(app, http=protocol(10, 20.0), ws="none", lifespan="off", log_config=None, access_log=False)
+    config = uvicorn.Config(
+        app, http=protocol(10, 20.0), ws="none", lifespan="off", log_config=None, access_log=False,
+        timeout_graceful_shutdown=5,
+    )  # fmt: skip
     server = uvicorn.Server(config)
     listener = socket.socket()
     listener.bind(("127.0.0.1", 0))
@@ -82,12 +86,21 @@ async def everything(reader: asyncio.StreamReader) -> bytes:
     return found
 
 
+def run(scenario: Coroutine[Any, Any, Any]) -> Any:
+    """In the event loop that `accelerando serve` has."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.run(scenario)
+    return uvloop.run(scenario)
+
+
 def asked(*pieces: bytes) -> bytes:
     async def scenario() -> bytes:
         async with served(Echo()) as port:
             return await told(port, *pieces)
 
-    return asyncio.run(scenario())
+    return run(scenario())
 
 
 def status_and_error(reply: bytes) -> tuple[int, str]:
@@ -162,4 +175,30 @@ def test_a_refusal_is_never_taken_for_the_answer_to_an_earlier_request() -> None
             writer.close()
             return found
 
-    assert asyncio.run(scenario()) == b""
+    assert run(scenario()) == b""
+
+
+def test_who_pipelines_and_leaves_is_noticed_by_all_of_their_requests(caplog: pytest.LogCaptureFixture) -> None:
+    left: list[str] = []
+
+    async def until_left(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        left.append(scope["path"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def scenario() -> None:
+        async with served(until_left) as port:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /one HTTP/1.1\r\nhost: x\r\n\r\nGET /two HTTP/1.1\r\nhost: x\r\n\r\n")
+            await asyncio.sleep(0.1)
+            writer.close()
+            for _ in range(1000):
+                if left:
+                    break
+                await asyncio.sleep(0.005)
+
+    with caplog.at_level(logging.WARNING):
+        run(scenario())
+    assert left == ["/one"]  # the other had not begun
+    assert not caplog.records

@@ -8,6 +8,7 @@ of the protocol.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -48,6 +49,10 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
         _told = False  # whether the parser could tell of anything in the latest bytes
         _mute_bytes = 0  # that came since it last could
 
+        def __init__(self, *args: Any, **more: Any) -> None:
+            super().__init__(*args, **more)
+            self._owed: deque[Any] = deque()  # requests to be answered, in turn; uvicorn knows only the newest
+
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > most:
@@ -73,6 +78,7 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
             self._told = True
             self._stop_waiting()
             super().on_headers_complete()
+            self._owed.append(self.cycle)
             self._within_head = False
 
         def on_body(self, body: bytes) -> None:
@@ -82,8 +88,15 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
         def send_400_response(self, msg: str) -> None:
             self._refuse(GARBLED)
 
+        def on_response_complete(self) -> None:
+            self._owed.popleft()
+            super().on_response_complete()
+
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
+            for cycle in self._owed:
+                cycle.disconnected = True
+                cycle.message_event.set()
             super().connection_lost(exc)
 
         def _refuse(self, answer: bytes) -> None:
