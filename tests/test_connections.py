@@ -112,6 +112,17 @@ def status_and_error(reply: bytes) -> tuple[int, str]:
     return int(head.split()[1]), found["error"]
 
 
+def answers(replies: bytes) -> list[tuple[int, bytes]]:
+    """The status and the body of each."""
+    found = []
+    while replies:
+        head, _, rest = replies.partition(b"\r\n\r\n")
+        length = int(head.split(b"content-length: ")[1].split()[0])
+        found.append((int(head.split()[1]), rest[:length]))
+        replies = rest[length:]
+    return found
+
+
 @pytest.mark.parametrize(
     "begun",
     [
@@ -162,20 +173,31 @@ def test_what_is_not_http_is_told_so_in_json(sent: bytes) -> None:
     assert "HTTP/1.1" in error
 
 
-def test_a_refusal_is_never_taken_for_the_answer_to_an_earlier_request() -> None:
+UNREADABLE = [b"hello\r\n\r\n", b"GET http://[ HTTP/1.1\r\nhost: x\r\n\r\n", POST + b"not a length\r\n"]
+
+
+@pytest.mark.parametrize("then", UNREADABLE, ids=["words", "url", "chunk"])
+def test_what_is_owed_is_answered_before_a_refusal_which_is_never_taken_for_that_answer(then: bytes) -> None:
     async def scenario() -> bytes:
         app = Echo()
         async with served(app) as port:
             reader, writer = await asyncio.open_connection("127.0.0.1", port)
             writer.write(b"GET /held HTTP/1.1\r\nhost: x\r\n\r\n")
             await asyncio.wait_for(app.came.wait(), 20)
-            writer.write(b"hello\r\n\r\n")
-            found = await asyncio.wait_for(everything(reader), 20)
+            writer.write(then)
+            await asyncio.sleep(0.1)
             app.may.set()
+            found = await asyncio.wait_for(everything(reader), 20)
             writer.close()
             return found
 
-    assert run(scenario()) == b""
+    assert answers(run(scenario())) == [(200, b"0 bytes")]
+
+
+def test_a_body_that_is_longer_than_was_said_is_answered_and_then_hung_up_on() -> None:
+    reply = asked(HEAD.replace(b"GET", b"POST") + b"content-length: 5\r\n\r\nhelloxx")
+    assert answers(reply) == [(200, b"5 bytes")]
+    assert b"connection: close" in reply
 
 
 def test_who_pipelines_and_leaves_is_noticed_by_all_of_their_requests(caplog: pytest.LogCaptureFixture) -> None:

@@ -46,6 +46,7 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
     class Bounded(HttpToolsProtocol):
         _hurry: asyncio.TimerHandle | None = None
         _within_head = False
+        _refused = False  # whether nothing is read any more
         _told = False  # whether the parser could tell of anything in the latest bytes
         _mute_bytes = 0  # that came since it last could
 
@@ -62,9 +63,13 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
                 self._wait_for_head()
 
         def data_received(self, data: bytes) -> None:
+            if self._refused:
+                return
             self._told = False
             super().data_received(data)
             self._mute_bytes = 0 if self._told else self._mute_bytes + len(data)
+            if self._refused:
+                return
             if self._mute_bytes > MOST_HEAD:
                 self._refuse(ENDLESS)
             elif self._within_head and not self._hurry:  # most heads come as a whole, and need no timer
@@ -95,19 +100,32 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
         def connection_lost(self, exc: Exception | None) -> None:
             self._stop_waiting()
             for cycle in self._owed:
-                cycle.disconnected = True
-                cycle.message_event.set()
+                self._let_go(cycle)
             super().connection_lost(exc)
 
         def _refuse(self, answer: bytes) -> None:
-            """Hang up with an answer, but in silence where it would be read as that to an earlier request."""
-            transport: Any = self.transport
-            cycle: Any = self.cycle
-            owed = cycle is not None and not cycle.response_complete
-            if not transport.is_closing() and not (owed and (self._within_head or cycle.response_started)):
-                transport.write(answer)
+            """Read no further, and hang up with this answer; what is owed to requests that came whole is given first.
+
+            Then the answer is left out: it would be read as that to one of them.
+            """
+            self._refused = True
             self._stop_waiting()
-            self._hang_up()
+            newest = self._owed[-1] if self._owed else None
+            if newest and newest.more_body and not newest.response_started:  # it is this request that can't be read
+                self._let_go(self._owed.pop())
+                if self.pipeline:
+                    self.pipeline.popleft()
+            if self._owed:
+                self._owed[-1].keep_alive = False
+            elif not self.transport.is_closing():
+                self.transport.write(answer)
+                self._hang_up()
+
+        @staticmethod
+        def _let_go(cycle: Any) -> None:
+            """Let a request know that nobody waits for its answer."""
+            cycle.disconnected = True
+            cycle.message_event.set()
 
         def _wait_for_head(self) -> None:
             self._hurry = self.loop.call_later(head_seconds, self._hang_up)
