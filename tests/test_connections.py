@@ -24,13 +24,13 @@ MOST_READ = 256 * 2**10  # that an event loop may read at a time: what came with
 
 
 class Echo:
-    """An app that answers with the number of bytes of the body, and of those at /held once it may."""
+    """An app that answers with the number of bytes of the body: at /held once it may, at /hasty without reading."""
 
     def __init__(self) -> None:
         self.may, self.came = asyncio.Event(), asyncio.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        size, more = 0, True
+        size, more = 0, scope["path"] != "/hasty"
         while more:
             message = await receive()
             size, more = size + len(message.get("body", b"")), message.get("more_body", False)
@@ -44,9 +44,10 @@ class Echo:
 
 
 @asynccontextmanager
-async def served(app: Any) -> AsyncIterator[int]:
+async def served(app: Any, **limits: float) -> AsyncIterator[int]:
+    limits = {"head_seconds": 20.0, "idle_seconds": 20.0, **limits}
     config = uvicorn.Config(
-        app, http=protocol(10, 20.0), ws="none", lifespan="off", log_config=None, access_log=False,
+        app, http=protocol(10, **limits), ws="none", lifespan="off", log_config=None, access_log=False,
         timeout_graceful_shutdown=5,
     )  # fmt: skip
     server = uvicorn.Server(config)
@@ -224,3 +225,62 @@ def test_who_pipelines_and_leaves_is_noticed_by_all_of_their_requests(caplog: py
         run(scenario())
     assert left == ["/one"]  # the other had not begun
     assert not caplog.records
+
+
+HASTY = b"GET /hasty HTTP/1.1\r\nhost: x\r\n"
+
+
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [
+        (HASTY + b"\r\n", b""),
+        (HASTY + b"\r\n", b"\r\n"),
+        (HASTY + b"\r\n", HEAD),
+        (HASTY + b"\r\n" + HEAD, b"x"),
+        (HASTY + b"content-length: 100\r\n\r\n", b"x"),
+        (HASTY.replace(b"GET", b"POST") + b"content-length: 1000000000000\r\n\r\n", b"x"),
+        (HASTY.replace(b"GET", b"POST") + b"transfer-encoding: chunked\r\n\r\n", b"5\r\nhe"),
+    ],
+    ids=["nothing", "line", "head", "half", "body", "long body", "chunk"],
+)
+def test_whatever_comes_after_an_answer_holds_no_connection_for_ever(first: bytes, then: bytes) -> None:
+    async def scenario() -> bytes:
+        async with served(Echo(), head_seconds=0.2, idle_seconds=0.2) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(first)
+            found = await asyncio.wait_for(reader.readuntil(b"bytes"), 20)
+            writer.write(then)
+            found += await asyncio.wait_for(everything(reader), 20)
+            writer.close()
+            return found
+
+    assert answers(run(scenario())) == [(200, b"0 bytes")]
+
+
+def test_a_body_that_comes_after_its_answer_leaves_the_connection_of_use() -> None:
+    async def scenario() -> bytes:
+        async with served(Echo()) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HASTY + b"content-length: 5\r\n\r\n")
+            found = await asyncio.wait_for(reader.readuntil(b"bytes"), 20)
+            writer.write(b"hello" + HEAD + b"connection: close\r\n\r\n")
+            found += await asyncio.wait_for(everything(reader), 20)
+            writer.close()
+            return found
+
+    assert answers(run(scenario())) == [(200, b"0 bytes")] * 2
+
+
+def test_an_answer_that_takes_longer_than_a_connection_may_idle_is_given() -> None:
+    async def scenario() -> bytes:
+        app = Echo()
+        async with served(app, head_seconds=0.1, idle_seconds=0.1) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(b"GET /held HTTP/1.1\r\nhost: x\r\n\r\n")
+            await asyncio.sleep(0.5)
+            app.may.set()
+            found = await asyncio.wait_for(everything(reader), 20)
+            writer.close()
+            return found
+
+    assert answers(run(scenario())) == [(200, b"0 bytes")]

@@ -8,6 +8,7 @@ of the protocol.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import deque
 from typing import Any
 
@@ -35,16 +36,20 @@ ENDLESS = _last_words(
 )
 
 
-def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
-    """uvicorn's protocol with these limits.
+def protocol(most: int, *, head_seconds: float, idle_seconds: float) -> type[HttpToolsProtocol]:
+    """uvicorn's protocol with these limits.  A connection to which no answer is owed always has a time to its end.
 
     Args:
         most: connections at a time.
-        head_seconds: within which the head of a request must have come, from its first byte or from the connection.
+        head_seconds: within which a new connection must begin a request, and the head of a request must have come.
+        idle_seconds: after an answer, within which the next request must begin; what comes of a body that the answer
+            did not wait for gives no more time.
     """
+    pace = min(head_seconds, idle_seconds) / 4  # of looks at the clock; timers for each request would cost it time
 
     class Bounded(HttpToolsProtocol):
-        _hurry: asyncio.TimerHandle | None = None
+        _next_look: asyncio.TimerHandle | None = None
+        _until = math.inf  # on the loop's clock, when it is hung up on
         _within_head = False
         _refused = False  # whether nothing is read any more
         _told = False  # whether the parser could tell of anything in the latest bytes
@@ -60,7 +65,8 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
                 transport.write(FULL)
                 transport.close()
             else:
-                self._wait_for_head()
+                self._allow(head_seconds)
+                self._look()
 
         def data_received(self, data: bytes) -> None:
             if self._refused:
@@ -68,23 +74,21 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
             self._told = False
             super().data_received(data)
             self._mute_bytes = 0 if self._told else self._mute_bytes + len(data)
-            if self._refused:
-                return
-            if self._mute_bytes > MOST_HEAD:
+            if self._mute_bytes > MOST_HEAD and not self._refused:
                 self._refuse(ENDLESS)
-            elif self._within_head and not self._hurry:  # most heads come as a whole, and need no timer
-                self._wait_for_head()
 
         def on_message_begin(self) -> None:
             self._within_head = self._told = True
+            if not self._owed:
+                self._allow(head_seconds)
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self._told = True
-            self._stop_waiting()
             super().on_headers_complete()
             self._owed.append(self.cycle)
             self._within_head = False
+            self._allow(math.inf)
 
         def on_body(self, body: bytes) -> None:
             self._told = True
@@ -96,9 +100,13 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
         def on_response_complete(self) -> None:
             self._owed.popleft()
             super().on_response_complete()
+            self._unset_keepalive_if_required()  # any byte would stop uvicorn's own clock
+            if not self._owed:
+                self._allow(head_seconds if self._within_head else idle_seconds)
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._stop_waiting()
+            if self._next_look:
+                self._next_look.cancel()
             for cycle in self._owed:
                 self._let_go(cycle)
             super().connection_lost(exc)
@@ -109,7 +117,6 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
             Then the answer is left out: it would be read as that to one of them.
             """
             self._refused = True
-            self._stop_waiting()
             newest = self._owed[-1] if self._owed else None
             if newest and newest.more_body and not newest.response_started:  # it is this request that can't be read
                 self._let_go(self._owed.pop())
@@ -119,7 +126,7 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
                 self._owed[-1].keep_alive = False
             elif not self.transport.is_closing():
                 self.transport.write(answer)
-                self._hang_up()
+                self.transport.close()
 
         @staticmethod
         def _let_go(cycle: Any) -> None:
@@ -127,18 +134,13 @@ def protocol(most: int, head_seconds: float) -> type[HttpToolsProtocol]:
             cycle.disconnected = True
             cycle.message_event.set()
 
-        def _wait_for_head(self) -> None:
-            self._hurry = self.loop.call_later(head_seconds, self._hang_up)
+        def _allow(self, seconds: float) -> None:
+            self._until = self.loop.time() + seconds
 
-        def _stop_waiting(self) -> None:
-            if self._hurry:
-                self._hurry.cancel()
-                self._hurry = None
-
-        def _hang_up(self) -> None:
-            self._hurry = None
-            transport: Any = self.transport
-            if transport is not None and not transport.is_closing():
-                transport.close()
+        def _look(self) -> None:
+            """Hang up on who holds the connection for nothing, and look again soon."""
+            if self.loop.time() > self._until and not self.transport.is_closing():
+                self.transport.close()
+            self._next_look = self.loop.call_later(pace, self._look)
 
     return Bounded

@@ -42,7 +42,7 @@ class Service:
         tls: encryption, of both.
         most_connections: of HTTP at a time; `most_calls` of gRPC.
         head_seconds: within which the head of a request must have come.
-        idle_seconds: after which a connection that does nothing is closed.
+        idle_seconds: after an answer, within which the next request must begin, or the connection is closed.
         grace_seconds: for what was accepted, when the server is told to end.
     """
 
@@ -146,14 +146,15 @@ def _config(app: Any, service: Service) -> uvicorn.Config:
     tls = service.tls
     config = uvicorn.Config(
         app,
-        http=protocol(service.most_connections, service.head_seconds),
+        http=protocol(
+            service.most_connections, head_seconds=service.head_seconds, idle_seconds=service.idle_seconds
+        ),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=int(service.idle_seconds),
         timeout_graceful_shutdown=int(service.grace_seconds),
         ssl_certfile=str(tls.certificate) if tls else None,
         ssl_keyfile=str(tls.key) if tls else None,
