@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -43,9 +43,9 @@ class Echo:
         await send({"type": "http.response.body", "body": text})
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def served(app: Any, **limits: float) -> AsyncIterator[int]:
-    limits = {"head_seconds": 20.0, "idle_seconds": 20.0, **limits}
+    limits = {"head_seconds": 20.0, "idle_seconds": 20.0, "stall_seconds": 20.0, **limits}
     config = uvicorn.Config(
         app, http=protocol(10, **limits), ws="none", lifespan="off", log_config=None, access_log=False,
         timeout_graceful_shutdown=5,
@@ -284,3 +284,44 @@ def test_an_answer_that_takes_longer_than_a_connection_may_idle_is_given() -> No
             return found
 
     assert answers(run(scenario())) == [(200, b"0 bytes")]
+
+
+LARGE = 32 * 2**20  # bytes, more than the system itself holds for a client that does not read
+
+
+async def large(scope: Any, receive: Any, send: Any) -> None:
+    length = (b"content-length", b"%d" % LARGE)
+    await send({"type": "http.response.start", "status": 200, "headers": [length]})
+    await send({"type": "http.response.body", "body": bytes(LARGE)})
+
+
+@pytest.mark.parametrize("line", [b"", b"connection: close\r\n"], ids=["open", "closing"])
+def test_who_does_not_read_is_dropped(line: bytes) -> None:
+    async def scenario() -> int:
+        async with served(large, stall_seconds=0.4) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + line + b"\r\n")
+            await asyncio.sleep(1.5)
+            found = 0
+            with contextlib.suppress(ConnectionResetError):
+                while piece := await asyncio.wait_for(reader.read(2**20), 20):
+                    found += len(piece)
+            writer.close()
+            return found
+
+    assert run(scenario()) < LARGE
+
+
+def test_who_reads_slowly_gets_all_of_it() -> None:
+    async def scenario() -> int:
+        async with served(large, stall_seconds=0.8, idle_seconds=0.2) as port:
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(HEAD + b"\r\n")
+            found = 0
+            while piece := await asyncio.wait_for(reader.read(2**20), 20):
+                found += len(piece)
+                await asyncio.sleep(0.02)
+            writer.close()
+            return found
+
+    assert run(scenario()) > LARGE

@@ -36,7 +36,9 @@ ENDLESS = _last_words(
 )
 
 
-def protocol(most: int, *, head_seconds: float, idle_seconds: float) -> type[HttpToolsProtocol]:
+def protocol(
+    most: int, *, head_seconds: float, idle_seconds: float, stall_seconds: float
+) -> type[HttpToolsProtocol]:
     """uvicorn's protocol with these limits.  A connection to which no answer is owed always has a time to its end.
 
     Args:
@@ -44,12 +46,14 @@ def protocol(most: int, *, head_seconds: float, idle_seconds: float) -> type[Htt
         head_seconds: within which a new connection must begin a request, and the head of a request must have come.
         idle_seconds: after an answer, within which the next request must begin; what comes of a body that the answer
             did not wait for gives no more time.
+        stall_seconds: after which a client that reads nothing of what it is sent is dropped; one that is slow is not.
     """
-    pace = min(head_seconds, idle_seconds) / 4  # of looks at the clock; timers for each request would cost it time
+    pace = min(head_seconds, idle_seconds, stall_seconds) / 4  # of looks at the clock; timers for each request would cost it time
 
     class Bounded(HttpToolsProtocol):
         _next_look: asyncio.TimerHandle | None = None
         _until = math.inf  # on the loop's clock, when it is hung up on
+        _unsent, _sent_at = 0, 0.0  # bytes that wait for the client to read, and when there were last fewer of them
         _within_head = False
         _refused = False  # whether nothing is read any more
         _told = False  # whether the parser could tell of anything in the latest bytes
@@ -137,9 +141,19 @@ def protocol(most: int, *, head_seconds: float, idle_seconds: float) -> type[Htt
         def _allow(self, seconds: float) -> None:
             self._until = self.loop.time() + seconds
 
+        def resume_writing(self) -> None:
+            self._sent_at = self.loop.time()
+            super().resume_writing()
+
         def _look(self) -> None:
             """Hang up on who holds the connection for nothing, and look again soon."""
-            if self.loop.time() > self._until and not self.transport.is_closing():
+            now, unsent, closing = self.loop.time(), self.transport.get_write_buffer_size(), self.transport.is_closing()
+            if unsent < self._unsent or not (unsent or closing):
+                self._sent_at = now
+            self._unsent = unsent
+            if now > self._sent_at + stall_seconds:
+                self.transport.abort()  # to close it would wait until all is sent
+            elif now > self._until and not closing:
                 self.transport.close()
             self._next_look = self.loop.call_later(pace, self._look)
 

@@ -43,6 +43,7 @@ class Service:
         most_connections: of HTTP at a time; `most_calls` of gRPC.
         head_seconds: within which the head of a request must have come.
         idle_seconds: after an answer, within which the next request must begin, or the connection is closed.
+        stall_seconds: after which a client that reads nothing of its answer is dropped.
         grace_seconds: for what was accepted, when the server is told to end.
     """
 
@@ -56,6 +57,7 @@ class Service:
     most_calls: int = 1000
     head_seconds: float = 10.0
     idle_seconds: float = 60.0
+    stall_seconds: float = 30.0
     grace_seconds: float = 30.0
 
 
@@ -147,8 +149,9 @@ def _config(app: Any, service: Service) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=protocol(
-            service.most_connections, head_seconds=service.head_seconds, idle_seconds=service.idle_seconds
-        ),
+            service.most_connections, head_seconds=service.head_seconds, idle_seconds=service.idle_seconds,
+            stall_seconds=service.stall_seconds,
+        ),  # fmt: skip
         ws="none",
         lifespan="off",
         log_config=None,
