@@ -165,8 +165,9 @@ def test_a_head_of_many_pieces_and_a_large_body_are_taken() -> None:
         HEAD + b"content-length: 5\r\ncontent-length: 6\r\n\r\nhello",
         POST + b"not a length\r\n",
         b"GET http://[ HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"CONNECT x:80 HTTP/1.1\r\nhost: x\r\n\r\n",
     ],
-    ids=["words", "tls", "version", "lengths", "chunk", "url"],
+    ids=["words", "tls", "version", "lengths", "chunk", "url", "tunnel"],
 )
 def test_what_is_not_http_is_told_so_in_json(sent: bytes) -> None:
     status, error = status_and_error(asked(sent))
@@ -325,3 +326,20 @@ def test_who_reads_slowly_gets_all_of_it() -> None:
             return found
 
     assert run(scenario()) > LARGE
+
+
+H2C = (
+    b"POST / HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABk\r\n"
+)
+SENT = H2C + b"Content-Length: 5\r\n\r\nhello" + H2C + b"Transfer-Encoding: chunked\r\n\r\n2\r\nhe\r\n0\r\n\r\n"
+SENT += b"GET / HTTP/1.1\r\nhost: x\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n"
+SENT += HEAD + b"connection: close\r\n\r\n"
+
+
+@pytest.mark.parametrize("size", [1, 7, 50, len(SENT)])
+def test_the_wish_for_another_protocol_is_ignored(size: int, caplog: pytest.LogCaptureFixture) -> None:
+    pieces = [SENT[start : start + size] for start in range(0, len(SENT), size)]
+    with caplog.at_level(logging.WARNING):
+        replies = asked(*pieces)
+    assert answers(replies) == [(200, b"5 bytes"), (200, b"2 bytes"), (200, b"0 bytes"), (200, b"0 bytes")]
+    assert not caplog.records

@@ -12,6 +12,7 @@ import math
 from collections import deque
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from accelerando.server.wire_json import text_of
@@ -76,10 +77,28 @@ def protocol(
             if self._refused:
                 return
             self._told = False
-            super().data_received(data)
+            self._parse(data)
             self._mute_bytes = 0 if self._told else self._mute_bytes + len(data)
             if self._mute_bytes > MOST_HEAD and not self._refused:
                 self._refuse(ENDLESS)
+
+        def _parse(self, data: bytes) -> None:
+            try:
+                while data:
+                    try:
+                        self.parser.feed_data(data)
+                        return
+                    except httptools.HttpParserUpgrade as upgrade:  # it skips the body, as of another protocol
+                        data = self._head_without_upgrade() + data[upgrade.args[0] :]
+            except httptools.HttpParserError:
+                self.logger.warning("Invalid HTTP request received.")
+                self._refuse(GARBLED)
+
+        def _head_without_upgrade(self) -> bytes:
+            """The head that was just read, to be read as one that asks for no other protocol: none is offered."""
+            version, method = self.parser.get_http_version().encode(), self.parser.get_method()
+            lines = [name + b": " + value for name, value in self.headers if name != b"upgrade"]
+            return b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"", b""])
 
         def on_message_begin(self) -> None:
             self._within_head = self._told = True
@@ -89,6 +108,10 @@ def protocol(
 
         def on_headers_complete(self) -> None:
             self._told = True
+            if self.parser.should_upgrade():
+                if self.parser.get_method() == b"CONNECT":
+                    raise ValueError("there are no tunnels here")
+                return  # it comes again
             super().on_headers_complete()
             self._owed.append(self.cycle)
             self._within_head = False
@@ -98,8 +121,9 @@ def protocol(
             self._told = True
             super().on_body(body)
 
-        def send_400_response(self, msg: str) -> None:
-            self._refuse(GARBLED)
+        def on_message_complete(self) -> None:
+            if not self.parser.should_upgrade():
+                super().on_message_complete()
 
         def on_response_complete(self) -> None:
             self._owed.popleft()
