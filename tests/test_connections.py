@@ -143,6 +143,21 @@ def test_what_has_no_end_is_refused_at_64_kib(begun: bytes) -> None:
     assert str(MOST_HEAD) in error
 
 
+@pytest.mark.parametrize("size", [70_000, 250_000])
+@pytest.mark.parametrize("end", [b"", b"\r\n\r\n"], ids=["endless", "whole"])
+@pytest.mark.parametrize("begun", [b"GET /", HEAD + b"x: "], ids=["path", "header"])
+def test_a_head_above_64_kib_is_refused_whether_it_ends_or_not(begun: bytes, end: bytes, size: int) -> None:
+    after = b" HTTP/1.1\r\nhost: x" if end and begun == b"GET /" else b""
+    status, error = status_and_error(asked(begun + b"a" * size + after + end))
+    assert status == 431
+    assert str(MOST_HEAD) in error
+
+
+def test_a_long_head_behind_another_request_is_refused_as_well() -> None:
+    reply = asked(HEAD + b"\r\n" + HEAD + b"x: " + b"a" * 100_000, b"\r\n\r\n")
+    assert [status for status, _ in answers(reply)] in ([200, 431], [200])  # where the first was owed, in silence
+
+
 def test_many_small_headers_are_too_many_as_well() -> None:
     line = b"x: " + b"a" * 1019 + b"\r\n"
     assert status_and_error(asked(HEAD, *[line * 16] * 32))[0] == 431

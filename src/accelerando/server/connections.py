@@ -17,7 +17,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from accelerando.server.wire_json import text_of
 
-MOST_HEAD = 64 * 2**10  # bytes of a head, or of a trailer, that has no end yet: its parser takes time by their square
+MOST_HEAD = 64 * 2**10  # bytes of a head, or of a trailer that has no end yet: its parser takes time by their square
 
 
 def _last_words(status: str, words: str, *lines: str) -> bytes:
@@ -31,15 +31,13 @@ FULL = _last_words(
     "503 Service Unavailable", "the server has as many connections as it takes; try again later", "retry-after: 1"
 )
 GARBLED = _last_words("400 Bad Request", "what came can't be read as HTTP/1.1; the connection is closed")
-ENDLESS = _last_words(
+TOO_LONG = _last_words(
     "431 Request Header Fields Too Large",
-    f"the head of a request, or its trailer, may have {MOST_HEAD} bytes, but more came without an end; send less",
+    f"the head of a request, or its trailer, may have {MOST_HEAD} bytes, but more came; send less",
 )
 
 
-def protocol(
-    most: int, *, head_seconds: float, idle_seconds: float, stall_seconds: float
-) -> type[HttpToolsProtocol]:
+def protocol(most: int, *, head_seconds: float, idle_seconds: float, stall_seconds: float) -> type[HttpToolsProtocol]:
     """uvicorn's protocol with these limits.  A connection to which no answer is owed always has a time to its end.
 
     Args:
@@ -49,7 +47,7 @@ def protocol(
             did not wait for gives no more time.
         stall_seconds: after which a client that reads nothing of what it is sent is dropped; one that is slow is not.
     """
-    pace = min(head_seconds, idle_seconds, stall_seconds) / 4  # of looks at the clock; timers for each request would cost it time
+    pace = min(head_seconds, idle_seconds, stall_seconds) / 4  # of looks at the clock; a timer for each request costs
 
     class Bounded(HttpToolsProtocol):
         _next_look: asyncio.TimerHandle | None = None
@@ -57,8 +55,9 @@ def protocol(
         _unsent, _sent_at = 0, 0.0  # bytes that wait for the client to read, and when there were last fewer of them
         _within_head = False
         _refused = False  # whether nothing is read any more
-        _told = False  # whether the parser could tell of anything in the latest bytes
+        _told = False  # whether the parser could tell of the end of a head, or of a body, in the latest bytes
         _mute_bytes = 0  # that came since it last could
+        url = b""
 
         def __init__(self, *args: Any, **more: Any) -> None:
             super().__init__(*args, **more)
@@ -77,10 +76,12 @@ def protocol(
             if self._refused:
                 return
             self._told = False
+            self._mute_bytes += len(data)
             self._parse(data)
-            self._mute_bytes = 0 if self._told else self._mute_bytes + len(data)
-            if self._mute_bytes > MOST_HEAD and not self._refused:
-                self._refuse(ENDLESS)
+            if self._told:
+                self._mute_bytes = 0
+            elif self._mute_bytes > MOST_HEAD and not self._refused:
+                self._refuse(TOO_LONG)
 
         def _parse(self, data: bytes) -> None:
             try:
@@ -92,7 +93,10 @@ def protocol(
                         data = self._head_without_upgrade() + data[upgrade.args[0] :]
             except httptools.HttpParserError:
                 self.logger.warning("Invalid HTTP request received.")
-                self._refuse(GARBLED)
+                self._refuse(TOO_LONG if self._head_size() > MOST_HEAD else GARBLED)
+
+        def _head_size(self) -> int:
+            return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers or ())
 
         def _head_without_upgrade(self) -> bytes:
             """The head that was just read, to be read as one that asks for no other protocol: none is offered."""
@@ -101,13 +105,15 @@ def protocol(
             return b"\r\n".join([b"%b %b HTTP/%b" % (method, self.url, version), *lines, b"", b""])
 
         def on_message_begin(self) -> None:
-            self._within_head = self._told = True
+            self._within_head = True
             if not self._owed:
                 self._allow(head_seconds)
             super().on_message_begin()
 
         def on_headers_complete(self) -> None:
             self._told = True
+            if self._head_size() > MOST_HEAD:
+                raise ValueError("too long")
             if self.parser.should_upgrade():
                 if self.parser.get_method() == b"CONNECT":
                     raise ValueError("there are no tunnels here")
@@ -122,6 +128,7 @@ def protocol(
             super().on_body(body)
 
         def on_message_complete(self) -> None:
+            self._told = True
             if not self.parser.should_upgrade():
                 super().on_message_complete()
 
@@ -154,7 +161,9 @@ def protocol(
                 self._owed[-1].keep_alive = False
             elif not self.transport.is_closing():
                 self.transport.write(answer)
-                self.transport.close()
+                if self.transport.can_write_eof():
+                    self.transport.write_eof()
+                self._allow(head_seconds)  # until the client has read it: to close at once would reset what it sends
 
         @staticmethod
         def _let_go(cycle: Any) -> None:

@@ -149,9 +149,11 @@ def _config(app: Any, service: Service) -> uvicorn.Config:
     config = uvicorn.Config(
         app,
         http=protocol(
-            service.most_connections, head_seconds=service.head_seconds, idle_seconds=service.idle_seconds,
+            service.most_connections,
+            head_seconds=service.head_seconds,
+            idle_seconds=service.idle_seconds,
             stall_seconds=service.stall_seconds,
-        ),  # fmt: skip
+        ),
         ws="none",
         lifespan="off",
         log_config=None,
