@@ -70,6 +70,7 @@ def protocol(most: int, *, head_seconds: float, idle_seconds: float, stall_secon
                 transport.close()
             else:
                 self._allow(head_seconds)
+                self._sent_at = self.loop.time()  # of TLS, something may wait to be sent by now
                 self._look()
 
         def data_received(self, data: bytes) -> None:

@@ -41,7 +41,7 @@ class Service:
         settings: limits and tokens.
         tls: encryption, of both.
         most_connections: of HTTP at a time; `most_calls` of gRPC.
-        head_seconds: within which the head of a request must have come.
+        head_seconds: within which the head of a request must have come, and a handshake of TLS be done.
         idle_seconds: after an answer, within which the next request must begin, or the connection is closed.
         stall_seconds: after which a client that reads nothing of its answer is dropped.
         grace_seconds: for what was accepted, when the server is told to end.
@@ -106,7 +106,7 @@ async def serve_all(
             loop.add_signal_handler(number, ending.set)
     dashboard = Dashboard(shelf)
     app = Front(Rest(shelf, service.settings, tracing=service.tracing, pages=True), shelf, dashboard, journal)
-    http = _Http(_config(Access(app, service.settings), service))
+    http = _Http(_config(Access(app, service.settings), service), service.head_seconds)
     rpc: RpcServer | None = None
     if service.grpc_port is not None:
         rpc = serve_rpc(
@@ -136,7 +136,28 @@ async def serve_all(
 
 
 class _Http(uvicorn.Server):
-    """uvicorn, which would take the signals for itself and pass them on when it is done: here they end more than it."""
+    """uvicorn, which would take the signals for itself and pass them on when it is done: here they end more than it.
+
+    Args:
+        handshake_seconds: within which the handshake of TLS must be done; uvicorn leaves it a minute.
+    """
+
+    def __init__(self, config: uvicorn.Config, handshake_seconds: float) -> None:
+        super().__init__(config)
+        self._handshake = {"ssl_handshake_timeout": handshake_seconds} if config.ssl else {}
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def connection() -> asyncio.Protocol:
+            kind: Any = config.http_protocol_class
+            return kind(config=config, server_state=self.server_state, app_state={})
+
+        self.servers = [
+            await loop.create_server(connection, sock=one, ssl=config.ssl, backlog=config.backlog, **self._handshake)
+            for one in sockets or []
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
