@@ -6,16 +6,22 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
+import signal
 import socket
+import ssl
 from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
+from certificates import self_signed
+from shelf import DOUBLE, FakeServed, FakeShelf, double
 
 pytest.importorskip("uvicorn")
 import uvicorn
 
-from accelerando.server.connections import MOST_HEAD, protocol
+from accelerando.server.connections import MOST_HEAD, protocol, that_fit
 
 HEAD = b"GET / HTTP/1.1\r\nhost: x\r\n"
 POST = b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
@@ -358,3 +364,79 @@ def test_the_wish_for_another_protocol_is_ignored(size: int, caplog: pytest.LogC
         replies = asked(*pieces)
     assert answers(replies) == [(200, b"5 bytes"), (200, b"2 bytes"), (200, b"0 bytes"), (200, b"0 bytes")]
     assert not caplog.records
+
+
+# --- the server as a whole ---------------------------------------------------------------------------------------
+
+
+@contextlib.asynccontextmanager
+async def whole(**service: Any) -> AsyncIterator[tuple[int, int | None]]:
+    """Both protocols over models that are fakes, and their ports."""
+    from accelerando.server.run import Service, serve_all
+
+    class Shelf(FakeShelf):
+        def drain(self) -> None: ...
+
+    started: asyncio.Future[tuple[int, int | None]] = asyncio.get_running_loop().create_future()
+    shelf: Any = Shelf({"double": FakeServed(DOUBLE, double)})
+    serving = asyncio.create_task(
+        serve_all(shelf, Service(port=0, **service), lambda *ports: started.set_result(ports))
+    )
+    try:
+        yield await asyncio.wait_for(started, 20)
+    finally:
+        os.kill(os.getpid(), signal.SIGTERM)
+        await asyncio.wait_for(serving, 20)
+
+
+def test_who_connects_and_begins_no_handshake_is_hung_up_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("grpc")
+    from accelerando.server.rpc import Tls
+
+    certificate, key = self_signed(tmp_path)
+
+    async def scenario() -> tuple[bytes, bytes]:
+        async with whole(tls=Tls(certificate, key), head_seconds=2.0) as (port, _):
+            silent, quiet = await asyncio.open_connection("127.0.0.1", port)
+            known = ssl.create_default_context(cafile=certificate)
+            reader, writer = await asyncio.open_connection("127.0.0.1", port, ssl=known)
+            writer.write(b"GET /v2 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+            found = await asyncio.wait_for(reader.read(), 20), await asyncio.wait_for(silent.read(), 20)
+            writer.close()
+            quiet.close()
+            return found
+
+    with caplog.at_level(logging.WARNING):
+        answered, silence = run(scenario())
+    assert answered.startswith(b"HTTP/1.1 200")
+    assert silence == b""
+    assert not caplog.records
+
+
+def test_grpc_takes_no_more_connections_than_it_may() -> None:
+    pytest.importorskip("grpc")
+
+    async def scenario() -> list[bytes]:
+        async with whole(grpc_port=0, most_connections=2) as (_, port):
+            found = []
+            clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            for reader, _ in clients:
+                found.append(await asyncio.wait_for(reader.read(1), 20))
+            for _, writer in clients:
+                writer.close()
+            return found
+
+    assert sorted(run(scenario())) == [b"", b"\0", b"\0"]  # a server's settings begin so
+
+
+@pytest.mark.parametrize(("hard", "fit"), [(1_000_000, (1000, 1000)), (1100, (500, 500)), (-1, (1000, 1000))])
+def test_no_more_connections_are_taken_than_there_may_be_open_files(
+    hard: int, fit: tuple[int, int], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    resource = pytest.importorskip("resource")
+    raised: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (256, hard))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: raised.append(limits))
+    assert that_fit(1000, 1000) == fit
+    assert raised == [(hard if hard > 0 else 2100, hard)]
+    assert ("ulimit -n" in caplog.text) == (fit != (1000, 1000))

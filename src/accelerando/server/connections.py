@@ -8,6 +8,7 @@ of the protocol.
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections import deque
 from typing import Any
@@ -18,6 +19,33 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from accelerando.server.wire_json import text_of
 
 MOST_HEAD = 64 * 2**10  # bytes of a head, or of a trailer that has no end yet: its parser takes time by their square
+SPARE_FILES = 100  # that the server opens for all else
+log = logging.getLogger(__name__)
+
+
+def that_fit(most: int, most_rpc: int) -> tuple[int, int]:
+    """These many connections, of HTTP and of gRPC, or as many as this process may have open after asking for more."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limit
+        return most, most_rpc
+    needed = most + most_rpc + SPARE_FILES
+    files, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if files not in (hard, resource.RLIM_INFINITY):
+        more = needed if hard == resource.RLIM_INFINITY else hard
+        if more > files:
+            try:
+                resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
+                files = more
+            except (OSError, ValueError) as error:
+                log.warning("this process may have %d files open, and could not have more: %s", files, error)
+    if files == resource.RLIM_INFINITY or files >= needed:
+        return most, most_rpc
+    share = max(files - SPARE_FILES, 2) / (most + most_rpc)
+    fit = max(int(most * share), 1), max(int(most_rpc * share), 1) if most_rpc else 0
+    words = "%d connections of HTTP and %d of gRPC are taken, not %d and %d: this process may have %d files open; raise"
+    log.warning(f"{words} `ulimit -n`", *fit, most, most_rpc, files)
+    return fit
 
 
 def _last_words(status: str, words: str, *lines: str) -> bytes:

@@ -11,14 +11,14 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
 
 from accelerando.errors import UsageError
 from accelerando.server.access import Access, Settings
-from accelerando.server.connections import protocol
+from accelerando.server.connections import protocol, that_fit
 from accelerando.server.dashboard import Dashboard
 from accelerando.server.exchange import App, Receive, Reply, Scope, Send, as_error
 from accelerando.server.logs import Journal
@@ -40,7 +40,8 @@ class Service:
         port: of HTTP, 0 for any that is free; `grpc_port` likewise, None for no gRPC.
         settings: limits and tokens.
         tls: encryption, of both.
-        most_connections: of HTTP at a time; `most_calls` of gRPC.
+        most_connections: of HTTP at a time, and likewise of gRPC; fewer where so many files can't be open.
+        most_calls: of gRPC at a time.
         head_seconds: within which the head of a request must have come, and a handshake of TLS be done.
         idle_seconds: after an answer, within which the next request must begin, or the connection is closed.
         stall_seconds: after which a client that reads nothing of its answer is dropped.
@@ -104,6 +105,10 @@ async def serve_all(
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not here, or not the main thread
             loop.add_signal_handler(number, ending.set)
+    most, most_rpc = that_fit(
+        service.most_connections, service.most_connections if service.grpc_port is not None else 0
+    )
+    service = replace(service, most_connections=most)
     dashboard = Dashboard(shelf)
     app = Front(Rest(shelf, service.settings, tracing=service.tracing, pages=True), shelf, dashboard, journal)
     http = _Http(_config(Access(app, service.settings), service), service.head_seconds)
@@ -111,7 +116,7 @@ async def serve_all(
     if service.grpc_port is not None:
         rpc = serve_rpc(
             shelf, service.settings, host=service.host, port=service.grpc_port, tls=service.tls,
-            tracing=service.tracing, most_calls=service.most_calls,
+            tracing=service.tracing, most_calls=service.most_calls, most_connections=most_rpc,
         )  # fmt: skip
     listening = _listen(service.host, service.port)
     if rpc:
@@ -144,7 +149,7 @@ class _Http(uvicorn.Server):
 
     def __init__(self, config: uvicorn.Config, handshake_seconds: float) -> None:
         super().__init__(config)
-        self._handshake = {"ssl_handshake_timeout": handshake_seconds} if config.ssl else {}
+        self._handshake: dict[str, Any] = {"ssl_handshake_timeout": handshake_seconds} if config.ssl else {}
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         config, loop = self.config, asyncio.get_running_loop()
