@@ -118,6 +118,7 @@ def serve_rpc(
     tls: Tls | None = None,
     tracing: Tracing = OFF,
     most_calls: int = 1000,
+    most_connections: int = 1000,
     compression: str = "none",
     always_raw: bool = False,
     traffic: Traffic | None = None,
@@ -128,6 +129,7 @@ def serve_rpc(
         settings: `max_body_bytes` bounds one message, compressed or not.
         port: 0 for any that is free.
         most_calls: that may be under way at once, streams among them; further ones are refused, but for probes.
+        most_connections: at a time; further ones are closed.
         compression: of answers: none, gzip or deflate; requests may come in any of them.
         always_raw: answer with raw tensors also where the request's came in typed, as Triton does.
         traffic: where answers are counted.
@@ -140,7 +142,7 @@ def serve_rpc(
     calls = Calls(shelf, settings, tracing, always_raw)
     server = grpc.aio.server(
         handlers=[_Door(calls, settings, most_calls, traffic or Traffic()).handlers(), Probes(calls).handlers()],
-        options=_options(settings),
+        options=_options(settings, most_connections),
         maximum_concurrent_rpcs=most_calls + SPARE_CALLS,
         compression=COMPRESSIONS[compression],
     )
@@ -149,8 +151,9 @@ def serve_rpc(
     )
 
 
-def _options(settings: Settings) -> list[tuple[str, int]]:
+def _options(settings: Settings, most_connections: int) -> list[tuple[str, int]]:
     return [
+        ("grpc.max_allowed_incoming_connections", most_connections),
         ("grpc.max_receive_message_length", settings.max_body_bytes),
         ("grpc.so_reuseport", 0),  # or a second server would quietly share the port
         ("grpc.server_handshake_timeout_ms", 10_000),

@@ -11,14 +11,14 @@ import logging
 import signal
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import uvicorn
 
 from accelerando.errors import UsageError
 from accelerando.server.access import Access, Settings
-from accelerando.server.connections import protocol
+from accelerando.server.connections import protocol, that_fit
 from accelerando.server.dashboard import Dashboard
 from accelerando.server.exchange import App, Receive, Reply, Scope, Send, as_error
 from accelerando.server.logs import Journal
@@ -41,9 +41,11 @@ class Service:
         port: of HTTP, 0 for any that is free; `grpc_port` likewise, None for no gRPC.
         settings: limits and tokens.
         tls: encryption, of both.
-        most_connections: of HTTP at a time; `most_calls` of gRPC.
-        head_seconds: within which the head of a request must have come.
-        idle_seconds: after which a connection that does nothing is closed.
+        most_connections: of HTTP at a time, and likewise of gRPC; fewer where so many files can't be open.
+        most_calls: of gRPC at a time.
+        head_seconds: within which the head of a request must have come, and a handshake of TLS be done.
+        idle_seconds: after an answer, within which the next request must begin, or the connection is closed.
+        stall_seconds: after which a client that reads nothing of its answer is dropped.
         grace_seconds: for what was accepted, when the server is told to end.
     """
 
@@ -57,6 +59,7 @@ class Service:
     most_calls: int = 1000
     head_seconds: float = 10.0
     idle_seconds: float = 60.0
+    stall_seconds: float = 30.0
     grace_seconds: float = 30.0
 
 
@@ -107,15 +110,19 @@ async def serve_all(
     for number in (signal.SIGTERM, signal.SIGINT):
         with contextlib.suppress(NotImplementedError, RuntimeError, ValueError):  # not here, or not the main thread
             loop.add_signal_handler(number, ending.set)
+    most, most_rpc = that_fit(
+        service.most_connections, service.most_connections if service.grpc_port is not None else 0
+    )
+    service = replace(service, most_connections=most)
     dashboard = Dashboard(shelf)
     traffic = Traffic()
     app = Front(Rest(shelf, service.settings, tracing=service.tracing, pages=True), shelf, dashboard, journal, traffic)
-    http = _Http(_config(traffic.of(Access(app, service.settings)), service))
+    http = _Http(_config(traffic.of(Access(app, service.settings)), service), service.head_seconds)
     rpc: RpcServer | None = None
     if service.grpc_port is not None:
         rpc = serve_rpc(
             shelf, service.settings, host=service.host, port=service.grpc_port, tls=service.tls,
-            tracing=service.tracing, most_calls=service.most_calls, traffic=traffic,
+            tracing=service.tracing, most_calls=service.most_calls, most_connections=most_rpc, traffic=traffic,
         )  # fmt: skip
     listening = _listen(service.host, service.port)
     if rpc:
@@ -140,7 +147,28 @@ async def serve_all(
 
 
 class _Http(uvicorn.Server):
-    """uvicorn, which would take the signals for itself and pass them on when it is done: here they end more than it."""
+    """uvicorn, which would take the signals for itself and pass them on when it is done: here they end more than it.
+
+    Args:
+        handshake_seconds: within which the handshake of TLS must be done; uvicorn leaves it a minute.
+    """
+
+    def __init__(self, config: uvicorn.Config, handshake_seconds: float) -> None:
+        super().__init__(config)
+        self._handshake: dict[str, Any] = {"ssl_handshake_timeout": handshake_seconds} if config.ssl else {}
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        config, loop = self.config, asyncio.get_running_loop()
+
+        def connection() -> asyncio.Protocol:
+            kind: Any = config.http_protocol_class
+            return kind(config=config, server_state=self.server_state, app_state={})
+
+        self.servers = [
+            await loop.create_server(connection, sock=one, ssl=config.ssl, backlog=config.backlog, **self._handshake)
+            for one in sockets or []
+        ]
+        self.started = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Any:
@@ -152,14 +180,18 @@ def _config(app: Any, service: Service) -> uvicorn.Config:
     tls = service.tls
     config = uvicorn.Config(
         app,
-        http=protocol(service.most_connections, service.head_seconds),
+        http=protocol(
+            service.most_connections,
+            head_seconds=service.head_seconds,
+            idle_seconds=service.idle_seconds,
+            stall_seconds=service.stall_seconds,
+        ),
         ws="none",
         lifespan="off",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=False,
-        timeout_keep_alive=int(service.idle_seconds),
         timeout_graceful_shutdown=int(service.grace_seconds),
         ssl_certfile=str(tls.certificate) if tls else None,
         ssl_keyfile=str(tls.key) if tls else None,
