@@ -259,7 +259,7 @@ def test_an_error_before_a_batch_is_chosen_costs_the_head_alone(make: Any, monke
     held = make(governor=Stands(1))
     with monkeypatch.context() as patch:
         patch.setattr(held.conductor._footing, "states_for", lambda rows: 1 / 0)
-        with pytest.raises(RowsError, match="ZeroDivisionError"):
+        with pytest.raises(OverloadedError, match="an error of our own: ZeroDivisionError"):
             held.ask(seconds=math.inf).future.result(WAIT)
     assert held.ask().future.result(WAIT)
 

@@ -26,7 +26,7 @@ from accelerando.serve.batches import Batch
 from accelerando.serve.company import Company
 from accelerando.serve.footing import Footing
 from accelerando.serve.governor import GLANCE, Decides
-from accelerando.serve.interrupts import is_interrupt
+from accelerando.serve.interrupts import OURS, apart_from_ours, is_interrupt
 from accelerando.serve.isolation import LostError, Unfinished
 from accelerando.serve.salvage import Salvage, none_left, of_rows
 from accelerando.serve.status import Stand
@@ -39,7 +39,6 @@ TURN = 2e-3  # usual seconds that a turn of an event loop may spend with request
 BESIDE = 5e-5  # of them, what a batch takes beside its own
 MOST_ALONE = 31  # requests that are answered each by itself, where few come, before a turn's wait for others is tried
 PATIENCE = 1e-3  # seconds that an event loop waits for another process
-OURS = "accelerando-"  # how the names of our threads begin
 Soon = Callable[..., object]  # `call_soon` of an event loop
 Left = Callable[[], None]  # what is left to do of a batch
 log = logging.getLogger(__name__)
@@ -283,14 +282,7 @@ class Conductor:
         head = self._queue.head()
         if head is None:
             return None, lost
-        try:
-            decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
-        except BaseException as error:
-            if is_interrupt(error):
-                raise
-            log.exception("an error of the footing's own")
-            self._queue.remove(head)  # it costs the head alone, and the executor goes on
-            return None, [*lost, (head, "failed", of_rows(error))]
+        decision = self._footing.decide(self._queue.glance(GLANCE, self._clock()), self._queue.rows)
         if decision.rung is None:
             self._queue.remove(head)
             return None, [*lost, (head, "refused", OverloadedError(f"it was refused: {decision.why}"))]
@@ -430,13 +422,9 @@ class Conductor:
         """Do what waits for the answers of those who were accepted; by another thread where this one has to give them.
 
         So it is in callbacks of requests, and where the last reference to a model is dropped there, or is found by the
-        collector in a thread of ours that loads, measures or answers.
+        collector in a thread of ours.
         """
-        here = threading.current_thread()
-        if here.ident == self._busy or (here.daemon and here.name.startswith(OURS)):
-            threading.Thread(target=work, name=f"{OURS}closing", daemon=False).start()
-        else:
-            work()
+        apart_from_ours(work, self._busy)
 
     def close(self) -> None:
         """Take no more requests, answer those that were accepted, and end the threads; see `apart`."""

@@ -103,12 +103,18 @@ class Footing:
     # --- what follows -------------------------------------------------------------------------------------------
 
     def decide(self, queue: tuple[tuple[float, int, float], ...], rows: int) -> Decision:
-        """The rung for what waits; none, with the reason, where the governor fails.
+        """The rung for what waits; none, with the reason, where the governor fails, or we do.
 
         Args:
             queue: as `Signal.queue`: who waits, the head first.
             rows: that wait, of all.
         """
+        try:
+            return self._decided(queue, rows)
+        except BaseException as error:  # noqa: BLE001  logged; the executor goes on
+            return self._undecided("an error of our own", error)
+
+    def _decided(self, queue: tuple[tuple[float, int, float], ...], rows: int) -> Decision:
         now, aims = self._clock(), self.company.aims
         signal = Signal(
             now, rows, queue, self.rate.pressing(now), self.slowness(now), aims.patience,
@@ -126,17 +132,20 @@ class Footing:
         return decision
 
     def _ask(self, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
-        """What the governor says; one of somebody's own that fails costs the request at the head, and nobody else."""
+        """What the governor says, which may be somebody's own."""
         try:
             decision = self._governor.decide(self._last, signal, rungs)
             check(decision, rungs)
-        except BaseException as error:
-            if is_interrupt(error):
-                raise
-            log.exception("the governor failed")
-            words = f"the governor failed on it: {type(error).__name__}: {error}"
-            return Decision(None, 0, signal.now, words)
+        except BaseException as error:  # noqa: BLE001  logged
+            return self._undecided("the governor failed on it", error)
         return decision
+
+    def _undecided(self, what: str, error: BaseException) -> Decision:
+        """Costs the request at the head, and nobody else."""
+        if is_interrupt(error):
+            raise error
+        log.error(what, exc_info=error)
+        return Decision(None, 0, self._clock(), f"{what}: {type(error).__name__}: {error}")
 
     def _wish(self, signal: Signal) -> None:
         """Tell the residents of a rung that is out, and would have been stood on."""
