@@ -26,7 +26,9 @@ from accelerando.serve.governor import PRESETS, Decides, Decision, RungState, Si
 from accelerando.serve.policies import Fixed, RateController, SlackFit
 from accelerando.serve.traces import Trace, gamma
 from accelerando.server.command import SWITCH_SECONDS
-from benchmarks.figures import Figure, Found, shortened
+from benchmarks.courses import Course, draw_courses
+from benchmarks.figures import SCALE, Figure, Found, shortened
+from benchmarks.governor import PAGE
 from benchmarks.ladders import Ground
 from benchmarks.results import table
 
@@ -35,6 +37,7 @@ SECONDS, SEEDS = 8.0, (7, 8)  # of each trace
 CROWD = 16  # rows of a request
 OVER = 2.0  # times what the best rung carries
 ASKED = {4.0: 0.999, 23.0: 0.995}  # of deadlines met, by CV2
+SHOWN = (("ours", "governor, balanced"), ("first", "slack only (SlackFit)"), ("second", "rate every 10 s"))  # pictured
 JUDGED = "balanced"  # the preset whose figures count: nobody who does not choose has another
 
 
@@ -48,6 +51,10 @@ class Replay:
     effective: float
     switches: float
     p99: float
+
+    @property
+    def attainment(self) -> float:
+        return self.met
 
     def line(self) -> list[str]:
         shares = (f"{x:.2%}" for x in (self.met, self.quality, self.effective))
@@ -83,6 +90,9 @@ def replayed(ground: Ground, cv2: float) -> Found:
     finally:
         sys.setswitchinterval(interval)
     found = {name: told(name, [run for of, run in runs if of == name]) for name in policies}
+    if SCALE == 1:
+        shown = [(c, n, course(n, next(run for of, run in runs if of == n))) for c, n in SHOWN]
+        draw_courses(PAGE / f"governor-earnest-{cv2:g}.svg", traces[0], SLO, [s.seconds(CROWD) for s in states], shown)
     judged = found[f"governor, {JUDGED}"]
     head = ["policy", "answered in time", "right, of those", "right, of all", "switches/s", "p99"]
     return Found(
@@ -151,12 +161,18 @@ def told(name: str, runs: list[Run]) -> Replay:
 
 @dataclass
 class Sent:
-    """One request of a trace: when it should have been sent, when its answer came, and which share of it was right."""
+    """One request of a trace: when it should have been sent, when its answer came, and which share of it was right.
+
+    `arrival` is its time in the trace; `rung` answered it, and `began` to do so then.
+    """
 
     at: float
+    arrival: float
     labels: np.ndarray
     came: float = float("inf")
     right: float = 0.0
+    rung: int = -1
+    began: float = float("inf")
 
     @property
     def in_time(self) -> bool:
@@ -165,7 +181,23 @@ class Sent:
     def note(self, future: Any) -> None:
         if future.exception() is None:
             self.came = time.monotonic()
-            self.right = float((future.result().leaves[0].argmax(axis=1) == self.labels).mean())
+            answer = future.result()
+            self.right = float((answer.leaves[0].argmax(axis=1) == self.labels).mean())
+            self.rung, self.began = answer.why.rung, self.came - answer.why.computed
+
+
+def course(name: str, run: Run) -> Course:
+    """What a picture shows of a policy on one trace."""
+    sent, _, _ = run
+    start = sent[0].at - sent[0].arrival
+    answered = [one for one in sent if one.came < float("inf")]
+    stood = sorted((one.began - start, one.rung) for one in answered)
+    return Course(
+        tuple(stood),
+        tuple((one.arrival, one.came - one.at) for one in answered),
+        tuple(one.arrival for one in sent if one.came == float("inf")),
+        told(name, [run]),
+    )
 
 
 def send(model: GovernedModel, ground: Ground, trace: Trace, told: ArrivalRate | None) -> list[Sent]:
@@ -174,7 +206,7 @@ def send(model: GovernedModel, ground: Ground, trace: Trace, told: ArrivalRate |
     start = time.monotonic() + 0.1
     for i, arrival in enumerate(trace.arrivals):
         first = i * CROWD % (len(ground.x) - CROWD)
-        one = Sent(start + arrival, ground.y[first : first + CROWD])
+        one = Sent(start + arrival, float(arrival), ground.y[first : first + CROWD])
         sent.append(one)
         if (wait := one.at - time.monotonic()) > 0:
             time.sleep(wait)

@@ -1,4 +1,7 @@
-"""The pictures of the governor's page: what policies do to each request of a trace, and how they fare over many."""
+"""The pictures of the governor's page: what policies do to each request of a trace, and how they fare over many.
+
+What a picture shows may be simulated, or have happened in earnest (`bursts`).
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 from xml.etree.ElementTree import Element
 
 import numpy as np
@@ -47,6 +51,16 @@ class Recorded:
         return decision
 
 
+class Fared(Protocol):
+    """How a policy fared: the share of requests in time, and the quality of those."""
+
+    @property
+    def attainment(self) -> float: ...
+
+    @property
+    def quality(self) -> float: ...
+
+
 @dataclass(frozen=True)
 class Course:
     """What became of each request: seconds are those of the trace, and nothing in it is rounded but arrivals.
@@ -60,7 +74,7 @@ class Course:
     stood: tuple[tuple[float, int], ...]
     answered: tuple[tuple[float, float], ...]
     missed: tuple[float, ...]
-    outcome: Outcome
+    outcome: Fared
 
 
 def follow(rungs: Sequence[RungState], trace: Trace, patience: float, entrant: Entrant) -> Course:
@@ -83,13 +97,25 @@ def follow(rungs: Sequence[RungState], trace: Trace, patience: float, entrant: E
 
 
 def draw_course(path: Path, rungs: Sequence[RungState], trace: Trace, patience: float) -> None:
-    """A trace in the course of time: what came, on which rung each policy stood, and how long each request took."""
+    """A trace in the course of time, simulated for three policies."""
+    courses = [(colour, entrant.name, follow(rungs, trace, patience, entrant)) for colour, entrant in SHOWN]
+    draw_courses(path, trace, patience, [r.seconds(1) for r in rungs], courses)
+
+
+def draw_courses(
+    path: Path, trace: Trace, patience: float, seconds: Sequence[float], courses: Sequence[tuple[str, str, Course]]
+) -> None:
+    """A trace in the course of time: what came, on which rung each policy stood, and how long each request took.
+
+    Args:
+        seconds: that a request takes each rung.
+        courses: of three policies: (colour, name, course).
+    """
     across = Axis(0.0, float(np.ceil(trace.seconds)), LEFT, RIGHT)
-    parts, top = _arrivals(across, trace, 1 / rungs[0].seconds(1)), 110.0
-    for colour, entrant in SHOWN:
-        course = follow(rungs, trace, patience, entrant)
-        parts += _stands(across, top, rungs, course, entrant.name, colour)
-        parts += _takes(across, top, patience, course, colour, last=entrant is SHOWN[-1][1])
+    parts, top = _arrivals(across, trace, 1 / seconds[0]), 110.0
+    for number, (colour, name, course) in enumerate(courses, 1):
+        parts += _stands(across, top, seconds, course, name, colour)
+        parts += _takes(across, top, patience, course, colour, last=number == len(courses))
         top += 224
     title = f"{trace.name}: arrivals per second, the rung stood on, and the time of each request, for three policies"
     save(path, top + 26, title, *parts)
@@ -109,11 +135,12 @@ def _arrivals(across: Axis, trace: Trace, carries: float) -> list[Element]:
 
 
 def _stands(
-    across: Axis, top: float, rungs: Sequence[RungState], course: Course, name: str, colour: str
+    across: Axis, top: float, seconds: Sequence[float], course: Course, name: str, colour: str
 ) -> list[Element]:
-    panel = Panel(across, Axis(len(rungs) - 0.5, -0.5, top + 117, top + 35))
+    panel = Panel(across, Axis(len(seconds) - 0.5, -0.5, top + 117, top + 35))
     met, good = course.outcome.attainment * 100, course.outcome.quality * 100
-    names = {float(r.number): f"{r.seconds(1) * 1e3:g} ms" for r in (*rungs[:-1:2], rungs[-1])}
+    last = len(seconds) - 1
+    names = {float(n): f"{seconds[n] * 1e3:.3g} ms" for n in (*range(0, last, 2), last)}
     return [
         panel.frame(f"{name}: {met:.1f} % in time, {good:.1f} % right of these", _seconds(across), names, colour),
         panel.steps(_turns(course.stood), colour),
@@ -136,7 +163,8 @@ def _takes(across: Axis, top: float, patience: float, course: Course, colour: st
 
 
 def _seconds(across: Axis, said: bool = False) -> dict[float, str]:
-    return {float(s): f"{s} s" if said else "" for s in range(0, int(across.high) + 1, 10)}
+    step = 10 if across.high > 20 else 2
+    return {float(s): f"{s} s" if said else "" for s in range(0, int(across.high) + 1, step)}
 
 
 def _turns(stood: Sequence[tuple[float, int]]) -> list[tuple[float, float]]:
