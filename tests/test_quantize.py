@@ -32,8 +32,10 @@ from accelerando.techniques.quantize_weights_nncf import QuantizeWeightsNncf
 from accelerando.testing.technique_contract import answers, capable
 from accelerando.workload import Chunk, Form, Model, Samples
 
-ONNX = (QuantizeStatic(), QuantizeDynamic(), QuantizeWeights())
-OPENVINO = (QuantizeNncf(), QuantizeWeightsNncf())
+HERE = Machine.look()
+NARROW = not HERE.int8 and not HERE.has("neon")  # or sums overflow here, as the techniques know where they choose
+ONNX = (QuantizeStatic(narrow=NARROW), QuantizeDynamic(narrow=NARROW), QuantizeWeights())
+OPENVINO = (QuantizeNncf(narrow=NARROW), QuantizeWeightsNncf())
 ALL = (*ONNX, *OPENVINO)
 Ready = tuple[Model, Model, Samples]  # as ONNX, as OPENVINO, calibration rows
 

@@ -30,6 +30,7 @@ from accelerando.server.exchange import App
 from accelerando.server.openapi import docs_page, example_request
 from accelerando.server.rest import Rest
 from accelerando.server.run import Front
+from accelerando.server.traffic import Traffic
 
 JUNK: list[Any] = [
     None, True, False, 0, 1, -1, 2**31, 2**63, 10**400, 0.5, 1e308, -0.0, "", "a", "INPUT0", "FP16", "FP64", "BYTES",
@@ -170,7 +171,7 @@ def described(app: App) -> dict[str, Any]:
 
 def app_with_pages() -> App:
     shelf: Any = FakeShelf({"simple": FakeServed()})
-    return Front(Rest(shelf, pages=True), shelf, Dashboard(shelf), None)
+    return Front(Rest(shelf, pages=True), shelf, Dashboard(shelf), None, Traffic())
 
 
 @pytest.mark.parametrize("pages", [False, True])

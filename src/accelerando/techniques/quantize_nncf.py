@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -34,12 +35,14 @@ class QuantizeNncf(Technique):
         smooth: move the outliers of a transformer's activations into its weights first (SmoothQuant).  It is for
             large models with outliers: on small ones without, its own error is larger than what it saves.
         fast_bias_correction: estimate the shift of each output from a few rows; off: from all, in many minutes.
+        narrow: weights of 7 bits, so that 16-bit sums can't overflow on x86 processors without VNNI.
     """
 
     preset: str = "performance"
     keep: float = 0.0
     smooth: bool = False
     fast_bias_correction: bool = True
+    narrow: bool = False
 
     takes: ClassVar[Form] = Form.OPENVINO
     gives: ClassVar[Form] = Form.OPENVINO
@@ -56,8 +59,9 @@ class QuantizeNncf(Technique):
     def choices(cls, model: Model, machine: Machine) -> Iterable[QuantizeNncf]:
         torch_modules = model.content.modules() if model.form is Form.TORCH else ()
         attentive = model.form is not Form.TORCH or any("Attention" in type(m).__name__ for m in torch_modules)
-        smooth = [cls(smooth=True)] if attentive else []
-        return [cls(), cls(preset="mixed"), cls(keep=0.05), *smooth, cls(keep=0.15), cls(keep=0.3)]
+        make = partial(cls, narrow=not machine.int8 and not machine.has("neon"))
+        smooth = [make(smooth=True)] if attentive else []
+        return [make(), make(preset="mixed"), make(keep=0.05), *smooth, make(keep=0.15), make(keep=0.3)]
 
     def refuse(self, model: Model, machine: Machine) -> RefusalError | None:
         if self.smooth and model.form is Form.OPENVINO and not attends(read_openvino(Path(model.content))):
@@ -108,6 +112,7 @@ class QuantizeNncf(Technique):
         alpha = 0.95 if self.smooth else -1  # NNCF's own default for products, or off
         advanced = nncf.AdvancedQuantizationParameters(
             disable_bias_correction=ranking,
+            overflow_fix=nncf.OverflowFix.ENABLE if self.narrow else nncf.OverflowFix.FIRST_LAYER,
             backend_params={"compress_weights": not ranking},
             smooth_quant_alphas=nncf.AdvancedSmoothQuantParameters(matmul=alpha),
         )
