@@ -377,6 +377,21 @@ def test_a_cost_does_not_follow_the_machine_that_is_slower_by_now() -> None:
     assert alone.seconds(4) > 0.02  # what two stopwatches would have told
 
 
+@pytest.mark.parametrize("stalled", [2, 4])  # the first that is timed of one row, or of two
+def test_a_stall_at_one_size_does_not_keep_the_greater_ones_from_being_timed(stalled: int) -> None:
+    """A line through a single size could not tell what part of a call does not grow with its rows."""
+    now, sizes = [0.0], list[int]()
+
+    def run(leaves: Any) -> Any:
+        sizes.append(len(leaves[0]))
+        now[0] += 5.0 if len(sizes) == stalled else 0.002 + 0.0005 * len(leaves[0])
+        return list(leaves)
+
+    cost = costs.measure(run, [np.ones((1, 4), np.float32)], 64, threading.Lock(), clock=lambda: now[0])
+    assert max(sizes) >= 4
+    assert (cost.fixed, cost.per_row) == pytest.approx((0.002, 0.0005))
+
+
 def test_a_rung_is_timed_against_the_fastest_that_is_ready(tmp_path: Path) -> None:
     scripts = [Script(seconds=0.002), Script(seconds=0.004), Script(seconds=0.001)]
     residents = loaded(write_bundle(tmp_path / "b"), scripts)

@@ -73,14 +73,15 @@ def measure(
         return seconds
 
     batches, turns = dict[int, Sequence[Array]](), dict[int, list[list[float]]]()
-    given, foreseen = len(row[0]), 0.0
+    given, takes = len(row[0]), list[float]()
     for size in (n for n in SIZES if n <= most_rows) if given == 1 else (given,):
         leaves: Sequence[Array] = [np.repeat(leaf, size // given, axis=0) for leaf in row]
         for arm in arms:
             arm(leaves)
         first = turn(leaves)
-        foreseen += CALLS * sum(first)
-        if batches and foreseen > SECONDS:
+        one = min(sum(first), 2 * takes[-1]) if takes else sum(first)  # or it was disturbed: it has twice the rows
+        takes = [min(before, one) for before in takes] + [one]
+        if batches and CALLS * sum(takes) > SECONDS:
             break
         batches[size], turns[size] = leaves, [first]
     for _ in range(CALLS - 1):  # size by size in each round, so that what disturbs one disturbs them all
