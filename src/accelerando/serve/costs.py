@@ -5,8 +5,9 @@ this one.  A call takes `fixed + per_row * rows` seconds: on processors that is 
 can be measured in a fraction of a second.
 
 Rungs are loaded at different times, and a machine that others use too runs at half its speed for minutes.  So a rung is
-timed in turns with one whose cost is known, and their ratio counts: a duel, not two stopwatches.  How fast the machine
-is just now, the slow-down tells.
+timed in turns with one whose cost is known, and their ratio counts: a duel, not two stopwatches.  The other one is only
+a yardstick: a single row of it will do, and hardly holds up those who are served.  How fast the machine is just now,
+the slow-down tells.
 """
 
 from __future__ import annotations
@@ -59,27 +60,29 @@ def measure(
             it or to build a session, is not timed and needs no quiet.
         beside: another rung and its cost, against which it is timed.
     """
-    arms = (run,) if beside is None else (run, beside[0])
 
-    def turn(leaves: Sequence[Array]) -> list[float]:
-        """Seconds of a call of each."""
-        seconds = []
-        for arm in arms:
-            with cores:
-                start = clock()
-                arm(leaves)
-                seconds.append(clock() - start)
-            time.sleep(PAUSE)
+    def timed(arm: Run, leaves: Sequence[Array]) -> float:
+        with cores:
+            start = clock()
+            arm(leaves)
+            seconds = clock() - start
+        time.sleep(PAUSE)
         return seconds
 
-    batches, turns = dict[int, Sequence[Array]](), dict[int, list[list[float]]]()
+    def turn(leaves: Sequence[Array]) -> float:
+        """Seconds of a call, on the machine as it was when the other rung's cost was found, where there is one."""
+        seconds = timed(run, leaves)
+        return seconds if beside is None else seconds / max(timed(beside[0], row), 1e-9) * beside[1].seconds(given)
+
+    batches, turns = dict[int, Sequence[Array]](), dict[int, list[float]]()
     given, takes = len(row[0]), list[float]()
+    if beside is not None:
+        beside[0](row)
     for size in (n for n in SIZES if n <= most_rows) if given == 1 else (given,):
         leaves: Sequence[Array] = [np.repeat(leaf, size // given, axis=0) for leaf in row]
-        for arm in arms:
-            arm(leaves)
+        run(leaves)
         first = turn(leaves)
-        one = min(sum(first), 2 * takes[-1]) if takes else sum(first)  # or it was disturbed: it has twice the rows
+        one = min(first, 2 * takes[-1]) if takes else first  # or it was disturbed: it has twice the rows
         takes = [min(before, one) for before in takes] + [one]
         if batches and CALLS * sum(takes) > SECONDS:
             break
@@ -87,10 +90,7 @@ def measure(
     for _ in range(CALLS - 1):  # size by size in each round, so that what disturbs one disturbs them all
         for size, leaves in batches.items():
             turns[size].append(turn(leaves))
-    if beside is None:
-        return fit([(size, float(np.median(taken))) for size, taken in turns.items()])
-    ratios = {size: np.median([own / max(other, 1e-9) for own, other in taken]) for size, taken in turns.items()}
-    return fit([(size, float(ratio) * beside[1].seconds(size)) for size, ratio in ratios.items()])
+    return fit([(size, float(np.median(taken))) for size, taken in turns.items()])
 
 
 def fit(known: Sequence[tuple[int, float]]) -> Cost:
