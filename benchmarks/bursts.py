@@ -188,10 +188,10 @@ class Sent:
 
 def course(name: str, run: Run) -> Course:
     """What a picture shows of a policy on one trace."""
-    sent, _, _ = run
+    sent, _, seconds = run
     start = sent[0].at - sent[0].arrival
     answered = [one for one in sent if one.came < float("inf")]
-    stood = sorted((one.began - start, one.rung) for one in answered)
+    stood = sorted((one.began - start, one.rung) for one in answered if one.began - start <= seconds)
     return Course(
         tuple(stood),
         tuple((one.arrival, one.came - one.at) for one in answered),
