@@ -65,14 +65,14 @@ def measure(
         with cores:
             start = clock()
             arm(leaves)
-            seconds = clock() - start
-        time.sleep(PAUSE)
-        return seconds
+            return clock() - start
 
     def turn(leaves: Sequence[Array]) -> float:
         """Seconds of a call, on the machine as it was when the other rung's cost was found, where there is one."""
-        seconds = timed(run, leaves)
-        return seconds if beside is None else seconds / max(timed(beside[0], row), 1e-9) * beside[1].seconds(given)
+        faster = 1.0 if beside is None else beside[1].seconds(given) / max(timed(beside[0], row), 1e-9)
+        seconds = timed(run, leaves) * faster
+        time.sleep(PAUSE)
+        return seconds
 
     batches, turns = dict[int, Sequence[Array]](), dict[int, list[float]]()
     given, takes = len(row[0]), list[float]()
