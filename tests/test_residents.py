@@ -394,10 +394,12 @@ def test_a_stall_at_one_size_does_not_keep_the_greater_ones_from_being_timed(sta
 
 def test_a_rung_is_timed_against_the_fastest_that_is_ready(tmp_path: Path) -> None:
     scripts = [Script(seconds=0.002), Script(seconds=0.004), Script(seconds=0.001)]
-    residents = loaded(write_bundle(tmp_path / "b"), scripts)
-    first = len(scripts[2].calls)
-    assert first > len(scripts[0].calls) > 0  # both others were timed beside it
-    assert residents[0].cost is not None
+    residents = loaded(write_bundle(tmp_path / "b"), scripts, order=(2,))
+    before = len(scripts[2].calls)
+    assert residents.load(0)
+    beside = scripts[2].calls[before:]
+    assert len(beside) > costs.CALLS
+    assert set(beside) == {1}
     residents.close()
 
 

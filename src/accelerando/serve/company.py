@@ -121,10 +121,8 @@ class Company:
         if not isinstance(runner, Remote):
             try:
                 return run_within(runner, leaves, most)
-            except Exception:
-                raise
             except BaseException as error:
-                if is_interrupt(error):
+                if isinstance(error, Exception) or is_interrupt(error):
                     raise
                 raise RowsError(f"the model failed on it: {type(error).__name__}: {error}") from error
         return runner.run(leaves, most, patience, cost.seconds(min(rows, most)) if cost else None)

@@ -20,13 +20,13 @@ from typing import Any
 
 import numpy as np
 
+from accelerando.serve.batches import Run
 from accelerando.signature import Array
 from accelerando.trial import Evidence
 
 SIZES = (1, 2, 4, 8, 16, 32)
 CALLS = 7  # of each size: the median of seven is not moved by three that were disturbed
 SECONDS = 0.4  # for all sizes together, but for the first
-Run = Callable[[Sequence[Array]], list[Array]]
 PAUSE = 1e-3  # seconds between calls: a request that waits for the cores wakes up and takes them
 MOST_TAIL = 3.0  # a longer tail is the machine's, and is seen in the slow-down
 

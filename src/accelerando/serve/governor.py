@@ -204,7 +204,7 @@ class Governor:
         for k, (_, more, floor) in enumerate(signal.queue[1:], 2):
             joined = rows + more
             most = rung.seconds(joined) * rung.tail * signal.slowdown
-            if floor > rung.quality or joined > rung.most_rows or most > min(longest, limits.spare_after(k)):
+            if floor > rung.quality or joined > rung.most_rows or most > min(longest, limits.spare[k]):
                 return rows
             if not self._bears(signal, rung, joined):
                 return rows
@@ -264,41 +264,40 @@ class _Limits:
         budget: what a row may cost, by the drain law.
 
     Attributes:
-        spare: how many seconds the head may take so that those behind it are in time.
+        spare: as `_look_behind`.
     """
 
-    __slots__ = ("_costs", "_ready", "budget", "rows", "signal", "slack", "spare")
+    __slots__ = ("_costs", "budget", "rows", "signal", "slack", "spare")
 
     def __init__(
         self, signal: Signal, ready: list[RungState], costs: dict[int, tuple[float, float]], budget: float
     ) -> None:
-        self.signal, self._ready, self._costs, self.budget = signal, ready, costs, budget
+        self.signal, self._costs, self.budget = signal, costs, budget
         self.slack, self.rows, _ = signal.queue[0]
-        self.spare = self.spare_after(1)
+        self.spare = self._look_behind(ready, costs)
 
     def cost(self, rung: RungState) -> float:
         """Usual seconds that the head adds."""
         once, each = self._costs[rung.number]
         return (once + each * self.rows) * self.signal.slowdown
 
-    def spare_after(self, count: int) -> float:
-        """How many seconds the first requests, so many, may take so that those behind them are in time."""
+    def _look_behind(self, ready: list[RungState], costs: dict[int, tuple[float, float]]) -> list[float]:
+        """[k]: how many seconds the first k requests may take so that those behind them are in time."""
         slowdown, fastest = self.signal.slowdown, dict[float, tuple[float, float]]()
-        least, behind = math.inf, 0.0
-        for slack, rows, floor in self.signal.queue[count:]:
+        spare = [math.inf]
+        for slack, rows, floor in reversed(self.signal.queue):
             if floor not in fastest:
-                keeping = [self._costs[r.number] for r in self._ready if r.quality >= floor]
+                keeping = [costs[r.number] for r in ready if r.quality >= floor]
                 fastest[floor] = min(keeping, key=sum, default=(0.0, 0.0))  # none keeps it: it will be refused
             once, each = fastest[floor]
-            behind += (once + each * rows) * slowdown
-            if slack - behind < least:
-                least = slack - behind
-        return least
+            spare.append(min(slack, spare[-1]) - (once + each * rows) * slowdown)
+        spare.reverse()
+        return spare
 
     def reached(self, rung: RungState) -> bool:
         """Whether a rung is too slow for the head of the queue."""
         most = rung.seconds(self.rows) * rung.tail * self.signal.slowdown
-        return self.cost(rung) > self.budget * self.rows or most > self.slack or most > self.spare
+        return self.cost(rung) > self.budget * self.rows or most > self.slack or most > self.spare[1]
 
     def objection(self, rung: RungState) -> str:
         """The limit that a rung reaches, in words."""
@@ -311,8 +310,8 @@ class _Limits:
             )
         if most > self.slack:
             return f"up to {_time(most)}, and the first deadline is in {_time(self.slack)}"
-        if most > self.spare:
-            return f"up to {_time(most)}, and those that wait behind can spare {_time(max(self.spare, 0.0))}"
+        if most > self.spare[1]:
+            return f"up to {_time(most)}, and those that wait behind can spare {_time(max(self.spare[1], 0.0))}"
         return f"{_time(cost)} a row"
 
 

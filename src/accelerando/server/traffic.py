@@ -1,4 +1,7 @@
-"""Which answers the server gave, by protocol and status: what was refused at the door came to no model's count."""
+"""Which answers the server gave, by protocol and status: what is bad, or has no token, comes to no model's count.
+
+What a connection answers by itself, before there is a request (`connections`), is not among them.
+"""
 
 from __future__ import annotations
 
