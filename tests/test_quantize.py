@@ -368,7 +368,9 @@ def test_choices_fit_the_processor() -> None:
     old = replace(machine, isa=("avx2",))
     arm = replace(machine, isa=("dotprod", "neon"))
     onnx_model = Model(Form.ONNX, Path("none.onnx"), None)
-    assert all(c.narrow for c in QuantizeStatic.choices(onnx_model, old))
+    for technique in (QuantizeStatic, QuantizeDynamic, QuantizeNncf):
+        assert all(c.narrow for c in technique.choices(onnx_model, old)), technique
+        assert not any(c.narrow for c in technique.choices(onnx_model, arm)), technique
     assert all(c.activations == "int8" and not c.narrow for c in QuantizeStatic.choices(onnx_model, arm))
     assert next(iter(QuantizeStatic.choices(onnx_model, capable()))) == QuantizeStatic()
 
