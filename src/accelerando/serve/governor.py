@@ -264,10 +264,10 @@ class _Limits:
         budget: what a row may cost, by the drain law.
 
     Attributes:
-        spare: as `_look_behind`.
+        spare: [k]: how many seconds the first k requests, at least one, may take so that those behind are in time.
     """
 
-    __slots__ = ("_costs", "budget", "rows", "signal", "slack", "spare")
+    __slots__ = ("_costs", "_dearest", "_longest", "budget", "rows", "signal", "slack", "spare")
 
     def __init__(
         self, signal: Signal, ready: list[RungState], costs: dict[int, tuple[float, float]], budget: float
@@ -275,6 +275,7 @@ class _Limits:
         self.signal, self._costs, self.budget = signal, costs, budget
         self.slack, self.rows, _ = signal.queue[0]
         self.spare = self._look_behind(ready, costs)
+        self._dearest, self._longest = budget * self.rows, min(self.slack, self.spare[1])
 
     def cost(self, rung: RungState) -> float:
         """Usual seconds that the head adds."""
@@ -282,37 +283,45 @@ class _Limits:
         return (once + each * self.rows) * self.signal.slowdown
 
     def _look_behind(self, ready: list[RungState], costs: dict[int, tuple[float, float]]) -> list[float]:
-        """[k]: how many seconds the first k requests may take so that those behind them are in time."""
+        """`spare`, from the last request on; nothing stands before the first."""
         slowdown, fastest = self.signal.slowdown, dict[float, tuple[float, float]]()
-        spare = [math.inf]
-        for slack, rows, floor in reversed(self.signal.queue):
+        left = math.inf
+        spare = [left]
+        for slack, rows, floor in self.signal.queue[:0:-1]:
             if floor not in fastest:
                 keeping = [costs[r.number] for r in ready if r.quality >= floor]
                 fastest[floor] = min(keeping, key=sum, default=(0.0, 0.0))  # none keeps it: it will be refused
             once, each = fastest[floor]
-            spare.append(min(slack, spare[-1]) - (once + each * rows) * slowdown)
+            if slack < left:
+                left = slack
+            left -= (once + each * rows) * slowdown
+            spare.append(left)
+        spare.append(-math.inf)
         spare.reverse()
         return spare
 
     def reached(self, rung: RungState) -> bool:
         """Whether a rung is too slow for the head of the queue."""
-        most = rung.seconds(self.rows) * rung.tail * self.signal.slowdown
-        return self.cost(rung) > self.budget * self.rows or most > self.slack or most > self.spare[1]
+        return self.cost(rung) > self._dearest or self._most(rung) > self._longest
+
+    def _most(self, rung: RungState) -> float:
+        """The p95 of its seconds for the head."""
+        return rung.seconds(self.rows) * rung.tail * self.signal.slowdown
 
     def objection(self, rung: RungState) -> str:
         """The limit that a rung reaches, in words."""
-        signal, cost = self.signal, self.cost(rung) / self.rows
-        most = rung.seconds(self.rows) * rung.tail * signal.slowdown
-        if cost > self.budget:
+        signal, cost, most = self.signal, self.cost(rung), self._most(rung)
+        each = _time(cost / self.rows)
+        if cost > self._dearest:
             return (
-                f"{_time(cost)} a row, and {signal.rows} rows waiting with {signal.rate:.3g} a second to come leave "
+                f"{each} a row, and {signal.rows} rows waiting with {signal.rate:.3g} a second to come leave "
                 f"{_time(self.budget)}"
             )
         if most > self.slack:
             return f"up to {_time(most)}, and the first deadline is in {_time(self.slack)}"
         if most > self.spare[1]:
             return f"up to {_time(most)}, and those that wait behind can spare {_time(max(self.spare[1], 0.0))}"
-        return f"{_time(cost)} a row"
+        return f"{each} a row"
 
 
 def _shared(rung: RungState, full: int) -> tuple[float, float]:
