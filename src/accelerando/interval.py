@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -114,12 +115,15 @@ def _check_quantile(quantile: float) -> None:
         raise ValueError(f"0 < quantile < 1 must hold, but got {quantile}")
 
 
+@lru_cache(maxsize=64)
 def _binomial_cumulative(n: int, p: float) -> Floats:
-    """P(Binomial(n, p) <= i) for i in 0..n-1, by logarithms so that large n does not underflow."""
+    """P(Binomial(n, p) <= i) for i in 0..n-1, by logarithms so that large n does not underflow; read only."""
     i = np.arange(n + 1)
     log_factorial = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, n + 1)))])
     log_p = log_factorial[n] - log_factorial[i] - log_factorial[n - i] + i * math.log(p) + (n - i) * math.log1p(-p)
-    return np.cumsum(np.exp(log_p))[:n]
+    cumulative = np.cumsum(np.exp(log_p))[:n]
+    cumulative.flags.writeable = False
+    return cumulative
 
 
 def median_interval(values: Floats, confidence: float = CONFIDENCE) -> Interval:

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
@@ -257,7 +258,7 @@ class Recipe:
         if wrong or not isinstance(self.backend, Backend):
             raise BrokenPluginError(f"a recipe is techniques, then a backend, but got {wrong or self.backend!r}")
 
-    @property
+    @cached_property
     def key(self) -> str:
         """A stable hash of the recipe's JSON: 12 hexadecimal digits."""
         return key_of(self.to_json())
@@ -316,6 +317,7 @@ def plugin_from_json(kind: type[Any], data: Mapping[str, Any]) -> Any:
         raise BrokenPluginError(f"{data['name']} does not take its knobs in this version: {error}") from error
 
 
+@cache
 def snake(name: str) -> str:
     """`ExportOnnx` -> `export_onnx`: how a class is named after its file."""
     return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()

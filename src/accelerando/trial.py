@@ -75,11 +75,20 @@ class Evidence:
 
     def latency(self, quantile: float = 0.5) -> Interval:
         """Seconds per call at a quantile."""
-        return quantile_interval(self.seconds, quantile)
+        return self._latency("seconds", quantile)
 
     def original_latency(self, quantile: float = 0.5) -> Interval:
         """The original's seconds per call at a quantile, in the same duel."""
-        return quantile_interval(self.original_seconds, quantile)
+        return self._latency("original_seconds", quantile)
+
+    def _latency(self, whose: str, quantile: float) -> Interval:
+        if (whose, quantile) not in self._latencies:
+            self._latencies[whose, quantile] = quantile_interval(getattr(self, whose), quantile)
+        return self._latencies[whose, quantile]
+
+    @cached_property
+    def _latencies(self) -> dict[tuple[str, float], Interval]:
+        return {}  # the search asks for the same few for every proposal
 
     @cached_property
     def throughput(self) -> Interval:

@@ -139,6 +139,8 @@ def _sobered(drop: Interval) -> Interval:
 @lru_cache(maxsize=1024)
 def sober(evidence: Evidence) -> Evidence:
     """The evidence without what looks like luck."""
+    if evidence.drop.mid >= 0 and evidence.relative_drop.mid >= 0:
+        return evidence
     return SoberEvidence(**{name: getattr(evidence, name) for name in ARGUMENTS})
 
 

@@ -64,11 +64,12 @@ def ask(space: Space, trials: Sequence[Trial], goal: Goal, budget: Budget) -> Pr
 
 def _explore(space: Space, history: History, goal: Goal, best: Trial | None, budget: Budget) -> Proposal | None:
     proposals = []
+    fastest = max((speed_of(t.evidence) for t in history.verified if holds(t.evidence, goal)), default=1.0)
     for recipe in _candidates(space, history):
         seconds = history.seconds(recipe)
         if seconds > budget.to_explore + 5 and history.verified[1:]:
             continue
-        gain, why = _promise(recipe, history, goal, best)
+        gain, why = _promise(recipe, history, goal, best, fastest)
         if gain >= LEAST_GAIN:
             new = seconds <= NEW_SHARE * budget.to_explore and not history.knows(recipe)
             proposals.append((new, gain / seconds, recipe.key, Proposal(recipe, why)))
@@ -96,13 +97,16 @@ def _candidates(space: Space, history: History) -> list[Recipe]:
     return [r for key, r in pool.items() if key not in history.last and not history.doomed(r)]
 
 
-def _promise(recipe: Recipe, history: History, goal: Goal, best: Trial | None) -> tuple[float, str]:
-    """The expected gain of trying a recipe, in log speed or what is worth as much, and in words."""
+def _promise(recipe: Recipe, history: History, goal: Goal, best: Trial | None, fastest: float) -> tuple[float, str]:
+    """The expected gain of trying a recipe, in log speed or what is worth as much, and in words.
+
+    Args:
+        fastest: speedup of those that hold the goal's quality.
+    """
     mean, deviation = history.speed.about(recipe)
     drop, uncertainty = history.drop.about(recipe)
     allowed = allowed_drop(goal, best.evidence if best else None)
     enough = probability((allowed - drop) / uncertainty)
-    fastest = max((speed_of(t.evidence) for t in history.verified if holds(t.evidence, goal)), default=1.0)
     gain = enough * expected_gain(mean, deviation, math.log(fastest))
     if best is not None and best.evidence is not None and goal.speed_bounds and not goal.wants_speed:
         asked = asked_speedup(goal, best.evidence)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +27,7 @@ class Batch:
     rung: int
     why: str
 
-    @cached_property
+    @property
     def rows(self) -> int:
         return sum([t.rows for t in self.tickets])
 
