@@ -1,4 +1,7 @@
-"""A bundle that is loaded anew under a steady load, by the API and by its folder: how long requests take meanwhile."""
+"""A bundle that is loaded anew under a steady load, by the API and by its folder: how long requests take meanwhile.
+
+Meanwhile is from the order until every rung of the new bundle is there; the server has taken it over long before.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from benchmarks.ladders import Ground
 from benchmarks.sender import Order, Sent, rate, sent
 from benchmarks.served import Server
 
-LOOP_SECONDS, QUIET_SECONDS, SECONDS = 2.0, 10.0, 32.0
+LOOP_SECONDS, QUIET_SECONDS, SECONDS, PAUSE = 2.0, 10.0, 60.0, 1.0
 NOTICED_SECONDS = 30.0  # at most until a changed folder is noticed and loaded
 CROWD = 16  # rows of a request
 LOAD = 0.4  # of what one connection gets that asks again and again
@@ -54,14 +57,21 @@ def swapped(ground: Ground) -> Found:
             def disturb(start: float) -> None:
                 time.sleep(max(start + quiet - time.monotonic(), 0.0))
                 windows.append(by_folder(server, bundle))
-                while time.monotonic() < start + whole - 2 * (windows[-1].ended - windows[-1].began):
-                    began = time.monotonic()
-                    server.reload()
-                    windows.append(Window(began, time.monotonic(), "by the API"))
+                while time.monotonic() < start + whole - 2 * (windows[-1].ended - windows[-1].began) - PAUSE:
+                    time.sleep(PAUSE)
+                    windows.append(by_api(server))
 
             trace = poisson(rate=LOAD * carried, seconds=whole, seed=5)
             found = sent(order, rows, trace.arrivals, disturb)
     return told(found, float(found.planned[0]) + quiet, windows)
+
+
+def by_api(server: Server) -> Window:
+    """The server is told to load what its folder holds."""
+    began = time.monotonic()
+    server.reload()
+    server.wait_for_rungs()
+    return Window(began, time.monotonic(), "by the API")
 
 
 def by_folder(server: Server, bundle: Path) -> Window:
@@ -72,6 +82,7 @@ def by_folder(server: Server, bundle: Path) -> Window:
         if time.monotonic() > began + NOTICED_SECONDS:
             raise RuntimeError(f"the changed folder was not loaded within {NOTICED_SECONDS:g} s")
         time.sleep(0.05)
+    server.wait_for_rungs()
     return Window(began, time.monotonic(), "by its folder")
 
 
@@ -94,7 +105,8 @@ def told(found: Sent, disturbed: float, windows: Sequence[Window]) -> Found:
         ),
         f"Hot reload, {GOAL}: {len(found.good) / span:,.0f} requests/s of {CROWD} rows over HTTP, {LOAD:.0%} of what "
         f"one connection gets, {found.punctual:.1%} sent on time. The bundle was loaded anew {len(windows)} times, "
-        f"{windows[0].how} first and then {windows[-1].how}, in {min(lasted):.1f} to {max(lasted):.1f} s each. "
+        f"{windows[0].how} first and then {windows[-1].how}, in {min(lasted):.1f} to {max(lasted):.1f} s each until "
+        f"its last rung was there, {PAUSE:g} s apart. "
         f"p99 was {before * 1e3:.1f} ms in {int(calm.sum()):,} quiet requests, {then * 1e3:.1f} ms in the "
         f"{int(meanwhile.sum()):,} sent meanwhile; p50 {middle[0] * 1e3:.1f} and {middle[1] * 1e3:.1f} ms.",
     )

@@ -38,7 +38,7 @@ class Server:
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=self._log, text=True)
         try:
             self.port, self.grpc_port = self._ports()
-            self._wait_for_rungs()
+            self.wait_for_rungs()
         except BaseException:
             self.close()
             raise
@@ -56,12 +56,13 @@ class Server:
             raise RuntimeError(f"the server did not start: {self._words()}")
         return found[0], found[1]
 
-    def _wait_for_rungs(self) -> None:
+    def wait_for_rungs(self) -> None:
+        """Wait until every rung is loaded, or has failed."""
         end = time.monotonic() + START_SECONDS
         while any(rung["state"] in ("out", "loading") for rung in self.status()["rungs"]):
             if time.monotonic() > end:
                 raise RuntimeError(f"rungs were still loading after {START_SECONDS:g} s: {self.status()['rungs']}")
-            time.sleep(0.1)
+            time.sleep(0.2)
 
     def _words(self) -> str:
         self._log.seek(0)

@@ -382,6 +382,26 @@ def test_a_bundle_does_not_take_over_that_keeps_less_than_is_asked_for(path: Pat
         assert np.isfinite(model(ROW)).all()
 
 
+def test_a_goal_that_came_while_a_bundle_was_loaded_is_held_against_it_too(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new bundle keeps the goal under which its loading began, but not the one that is asked for by then."""
+    worse = rewritten(tmp_path / "worse", 0.0, 0.0, 0.0, quality=0.8)
+    with load(path, goal="p99 <= 10s") as model:
+
+        def slowly(*given: Any) -> Company:
+            company = assemble(*given)
+            model.goal = "p99 <= 10s, quality >= 0.89"
+            return company
+
+        monkeypatch.setattr("accelerando.serve.governed.assemble", slowly)
+        with pytest.raises(GoalError, match=r"no rung of .*worse that can run here promises better than"):
+            model.update(worse)
+        assert (model.version, str(model.goal)) == (1, "p99 <= 10s, quality >= 0.89")
+        assert np.isfinite(model(ROW)).all()
+        assert all(r.state != "loading" for r in model.status().rungs)
+
+
 def test_a_quality_that_can_not_be_had_is_a_mistake(path: Path) -> None:
     company = assembled(of_quality(path, 0.0, 0.02, 0.1), "p99 <= 10s")
 

@@ -28,6 +28,7 @@ SIZES = (1, 2, 4, 8, 16, 32)
 CALLS = 7  # of each size: the median of seven is not moved by three that were disturbed
 SECONDS = 0.4  # for all sizes together, but for the first
 PAUSE = 1e-3  # seconds between calls: a request that waits for the cores wakes up and takes them
+LONG_PAUSE = 0.03  # at most, beside another rung: who has one may be serving, and gets as much time as this takes
 MOST_TAIL = 3.0  # a longer tail is the machine's, and is seen in the slow-down
 
 
@@ -69,10 +70,13 @@ def measure(
 
     def turn(leaves: Sequence[Array]) -> float:
         """Seconds of a call, on the machine as it was when the other rung's cost was found, where there is one."""
-        faster = 1.0 if beside is None else beside[1].seconds(given) / max(timed(beside[0], row), 1e-9)
-        seconds = timed(run, leaves) * faster
-        time.sleep(PAUSE)
-        return seconds
+        other = timed(beside[0], row) if beside else 0.0
+        seconds = timed(run, leaves)
+        if beside is None:
+            time.sleep(PAUSE)
+            return seconds
+        time.sleep(min(max(PAUSE, seconds), LONG_PAUSE))
+        return seconds * beside[1].seconds(given) / max(other, 1e-9)
 
     batches, turns = dict[int, Sequence[Array]](), dict[int, list[float]]()
     given, takes = len(row[0]), list[float]()
