@@ -243,7 +243,7 @@ def test_optimize_a_model_from_the_command_line(call, tmp_path: Path, onnx_model
     rng = np.random.default_rng(0)
     np.savez(tmp_path / "rows.npz", x=rng.standard_normal((100, 16)).astype(np.float32))
     status, out, err = call(
-        "optimize", onnx_model, "--data", tmp_path / "rows.npz", "--goal", "drop <= 1%", "--budget", "25s",
+        "optimize", onnx_model, "--data", tmp_path / "rows.npz", "--goal", "drop <= 1%", "--budget", "15s",
         "--into", tmp_path / "b", "--html", tmp_path / "page.html",
     )  # fmt: skip
     assert status == 0

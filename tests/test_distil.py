@@ -69,6 +69,7 @@ def healed(case: Case, student: nn.Module, technique: Distil, folder: Path) -> A
     return technique.apply(model, Samples(()), folder)
 
 
+@pytest.mark.slow
 def test_a_healed_net_can_be_exported(images: Case, tmp_path: Path) -> None:
     torch.manual_seed(1)
     student = Small(4).eval().requires_grad_(False)
@@ -83,6 +84,7 @@ def test_a_healed_net_can_be_exported(images: Case, tmp_path: Path) -> None:
     ensure_same(made.signature, answers(made, rows), answers(exported, rows))
 
 
+@pytest.mark.slow
 def test_after_quantized_training_int8_loses_no_more_and_the_net_is_ordinary(images: Case, tmp_path: Path) -> None:
     torch.manual_seed(1)
     student = Small(2).eval().requires_grad_(False)

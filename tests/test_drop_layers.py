@@ -176,6 +176,7 @@ def test_a_part_without_a_path_around_its_weights_is_no_block() -> None:
     assert names(model, floats(64, WIDTH)) == ["2", "3"]
 
 
+@pytest.mark.slow
 def test_a_norm_of_ones_own_is_no_block(tmp_path: Path) -> None:
     after = drop(Llama(), floats(64, 6, 5), tmp_path)[1]
     assert names(Llama(), floats(64, 6, 5)) == [f"blocks.{i}" for i in range(4)]
@@ -238,6 +239,7 @@ def test_a_ranking_is_the_same_again(tmp_path: Path) -> None:
 # --- what is left --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     share=st.floats(0, 1, exclude_min=True, exclude_max=True),

@@ -261,6 +261,7 @@ def test_where_nothing_of_the_new_bundle_can_be_loaded_the_old_goes_on(model: Go
     assert model.version == 1
 
 
+@pytest.mark.slow
 def test_under_a_cap_and_a_bound_on_quality_an_update_refuses_nobody(path: Path) -> None:
     """Both bundles have no room for all their rungs: those of the old one leave while it serves."""
     sizes = Sizes(Bundle.open(path).ladder.rungs)

@@ -224,6 +224,7 @@ def test_norms_of_ones_own_are_copied_with_their_blocks() -> None:
     assert "2 of 4 blocks" in made.log[-1]
 
 
+@pytest.mark.slow
 def test_transformers_vit_grows_both_ways() -> None:
     from transformers import ViTConfig, ViTForImageClassification
 

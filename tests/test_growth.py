@@ -159,6 +159,7 @@ def test_it_grows_until_little_is_to_spare(slope: float) -> None:
     assert min(speeds) <= (2 * 1.1 * 1.3 if slope > 0.5 else 6.1 / 4**slope)  # or until it is four times as large
 
 
+@pytest.mark.slow
 def test_lessons_end_when_one_more_brings_nothing() -> None:
     trials, clock = search(seconds=7200)
     assert clock.now < 0.6 * 7200

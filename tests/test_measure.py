@@ -223,6 +223,7 @@ def test_a_faulty_candidate_is_refused_by_name(bench, fault: str, reason: Reason
     assert caught.value.reason is reason
 
 
+@pytest.mark.slow
 def test_a_candidate_that_hangs_or_hoards_is_ended(bench) -> None:
     bench.patience = 3.0
     with pytest.raises(RefusalError) as caught:

@@ -204,6 +204,7 @@ def nets() -> dict[str, tuple[Model, Samples]]:
     return {name: network(name) for name in NETS}
 
 
+@pytest.mark.slow
 @given(
     name=st.sampled_from(sorted(NETS)),
     shares=st.tuples(st.floats(0.01, 0.99), st.floats(0.01, 0.99)),

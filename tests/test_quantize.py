@@ -259,6 +259,7 @@ def test_nncf_keeps_just_the_layers_that_it_names(ready: Any, tmp_path: Path) ->
     assert error(original, made, "net") < 0.01
 
 
+@pytest.mark.slow
 def test_an_lstm_is_quantized_dynamically(ready: Any, tmp_path: Path) -> None:
     original, _, data = ready("recurrent")
     made = QuantizeDynamic().apply(original, data, tmp_path)

@@ -74,6 +74,7 @@ def bundle(tmp_path: Path) -> Bundle:
 # --- whole sessions -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_same_files_with_the_same_settings_are_loaded_once_and_close_with_the_last(bundle: Bundle) -> None:
     before = sessions()
     alone = [bundle.start(rung) for rung in bundle.ladder]
