@@ -57,8 +57,8 @@ def measure(
         run: the rung, flat inputs to flat outputs.
         row: the inputs of one row, or of the one batch that the model takes where `most_rows` is that.
         most_rows: the greatest batch to try.
-        cores: held during each timed call and the one that warms it, and no longer: the first call of a size, which may have to make room for
-            it or to build a session, is not timed and needs no quiet.
+        cores: held during each timed call and the one that warms it, and no longer: the first call of a size, which may
+            have to make room for it or to build a session, is not timed and needs no quiet.
         beside: another rung and its cost, against which it is timed.
     """
 
