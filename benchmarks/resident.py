@@ -123,13 +123,16 @@ def under_cap(path: Path, portable: Sequence[int], rows: np.ndarray) -> tuple[tu
         while any(r.state == "loading" for r in residents):
             time.sleep(0.05)
         with Highest(residents._pid()) as highest:
-            forced, held = 0, list[int]()
+            forced, readings = 0, list[int]()
             for i in range(2 * WARM + switches):
                 forced += switch(model, residents, slower, i, rows)
-                held.append(resident_bytes(residents._pid()))
+                readings.append(resident_bytes(residents._pid()))
         told = residents.memory
     # In the median: what a single reading finds of an allocator's leavings is chance.
-    growth, most = float(np.median(held[-WARM:]) / np.median(held[WARM : 2 * WARM])) - 1, highest.bytes - nothing
+    growth, most = (
+        float(np.median(readings[-WARM:]) / np.median(readings[WARM : 2 * WARM])) - 1,
+        highest.bytes - nothing,
+    )
     figures = (
         Figure(f"highest reading in {switches} switches under a cap", f"{most / 1e6:.1f} MB",
                f"the cap, {cap / 1e6:.1f} MB", most <= cap),
@@ -137,7 +140,7 @@ def under_cap(path: Path, portable: Sequence[int], rows: np.ndarray) -> tuple[tu
                growth <= GROWTH),
     )  # fmt: skip
     return figures, (
-        f"Under a cap that has room for rungs {slower[0]} and {fastest}, {forced} of {len(held)} times a slower "
+        f"Under a cap that has room for rungs {slower[0]} and {fastest}, {forced} of {len(readings)} times a slower "
         f"rung made another leave, and answered {CROWD} rows (growth: in the median of {WARM} readings, {switches} "
         f"cycles apart); its process was read {highest.readings:,} times, and "
         f"{nothing / 1e6:.1f} MB were taken off, which it holds without any rung. At the end the runtime told of "

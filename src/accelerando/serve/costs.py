@@ -71,12 +71,13 @@ def measure(
 
     def turn(leaves: Sequence[Array]) -> float:
         """Seconds of a call, on the machine as it was when the other rung's cost was found, where there is one."""
-        other = timed(beside[0], row) if beside else 0.0
-        seconds = timed(run, leaves)
         if beside is None:
+            seconds = timed(run, leaves)
             time.sleep(PAUSE)
             return seconds
-        time.sleep(min(max(PAUSE, seconds), LONG_PAUSE))
+        began = clock()
+        other, seconds = timed(beside[0], row), timed(run, leaves)
+        time.sleep(min(max(clock() - began, PAUSE), LONG_PAUSE))
         return seconds * beside[1].seconds(given) / max(other, 1e-9)
 
     batches, turns = dict[int, Sequence[Array]](), dict[int, list[float]]()
