@@ -246,6 +246,8 @@ def test_what_is_left_exports(nets: dict[str, tuple[Model, Samples]], name: str,
     made = prune(model, data)
     exported = ExportOnnx().apply(made, data, tmp_path)
     ensure_good(model, exported)
+    for want, have in zip(answers(made, data.chunks[0].inputs), answers(exported, data.chunks[0].inputs), strict=True):
+        np.testing.assert_allclose(have, want, rtol=1e-3, atol=1e-4)
 
 
 def test_blocks_with_padded_shortcuts_are_cut_inside(nets: dict[str, tuple[Model, Samples]]) -> None:
