@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,12 +12,26 @@ import pytest
 from hypothesis import settings
 
 from accelerando import plugins
+from accelerando.serve import costs
 
 settings.register_profile("house", deadline=None)  # no verdict may hang on how fast the machine is
 settings.load_profile("house")
 
 TOYS = Path(__file__).parent / "toys"
 Rows = tuple[np.ndarray, np.ndarray]
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: each closing of a model would look through all of it for what can be given back."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a call of a rung takes is found by a few calls without pauses: nothing here depends on it."""
+    for name, value in (("SIZES", (1, 4)), ("CALLS", 5), ("PAUSE", 0.0)):
+        monkeypatch.setattr(costs, name, value)
 
 
 @pytest.fixture

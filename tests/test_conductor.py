@@ -28,6 +28,7 @@ from accelerando.serve.tickets import Ticket
 from accelerando.signature import Array, Port
 from accelerando.testing.bundles import SIGNATURE
 
+pytestmark = pytest.mark.usefixtures("hasty")
 WAIT = 30.0  # for what takes milliseconds on any machine
 
 

@@ -46,6 +46,7 @@ from accelerando.signature import Port
 from accelerando.testing.bundles import SIGNATURE, write_bundle
 from accelerando.testing.fakes import fake_recipe, fakes_known
 
+pytestmark = pytest.mark.usefixtures("hasty")
 ROW = np.array([[1, 2, 3, 4]], np.float32)
 
 

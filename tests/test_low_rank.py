@@ -333,6 +333,7 @@ def test_what_is_left_exports(which: str, tmp_path: Path) -> None:
 # --- what is measured ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.alone
 def test_a_layer_so_large_that_two_are_faster_on_any_machine_is_factored(tmp_path: Path) -> None:
     model, rows = take_in(seeded(lambda: nn.Sequential(nn.Linear(512, 512))), floats(64, 64, 512))
     after = LowRank(share=0.95).apply(model, rows, tmp_path)

@@ -138,6 +138,7 @@ def test_most_time_goes_to_the_shape_that_heals_best() -> None:
     assert seconds["shallow"] > seconds["thin"]
 
 
+@pytest.mark.slow
 def test_what_one_lesson_did_not_help_gets_no_longer_one() -> None:
     space = Space.plan(MODEL, MACHINE, {**TECHNIQUES, "crush": Crush, "teach": Teach}, BACKENDS)
     trials, _ = search(WANTED, space=space)
@@ -167,6 +168,7 @@ def test_no_lesson_is_given_where_the_goal_is_met_without_one() -> None:
     assert not lessons(trials)
 
 
+@pytest.mark.slow
 def test_without_training_data_nothing_is_cut() -> None:
     space = replace(SPACE, healers=())
     trials, _ = search(FASTEST, space=space)

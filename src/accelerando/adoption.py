@@ -11,6 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -304,7 +305,7 @@ def _digest(model: Model, metric: Metric, *splits: Samples) -> str:
     if model.form is Form.TORCH:
         digest.update(repr(model.content).encode())
         for kind in sorted({type(m) for m in model.content.modules()}, key=str):
-            digest.update(metrics.source_of(kind).encode())  # a forward() that was edited is another model
+            digest.update(_source(kind).encode())  # a forward() that was edited is another model
         for name, tensor in model.content.state_dict().items():
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(to_numpy(tensor)).tobytes())
@@ -315,6 +316,12 @@ def _digest(model: Model, metric: Metric, *splits: Samples) -> str:
     for split in splits:
         split.digest(digest)
     return digest.hexdigest()[:16]
+
+
+@lru_cache(maxsize=1024)
+def _source(kind: type[Any]) -> str:
+    """The source text of a class, for which Python parses the whole file each time that it is asked."""
+    return metrics.source_of(kind)
 
 
 def _beside(path: Path) -> list[Path]:

@@ -8,6 +8,7 @@ import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -123,8 +124,9 @@ class Machine:
         )
 
 
+@cache
 def installed_version(package: str) -> str | None:
-    """The version of an installed distribution, without importing it."""
+    """The version of an installed distribution, without importing it; as it was when it was first asked for."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
