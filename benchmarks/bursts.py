@@ -14,7 +14,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -133,7 +133,7 @@ class Slow:
         self.rate, self.inner = ArrivalRate(tau=10.0), RateController()
 
     def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
-        return self.inner.decide(last, replace(signal, rate=self.rate.at(signal.now)), rungs)
+        return self.inner.decide(last, signal._replace(rate=self.rate.at(signal.now)), rungs)
 
 
 Run = tuple[list["Sent"], int, float]  # what became of each request of a trace; changes of rung; seconds

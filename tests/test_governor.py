@@ -84,10 +84,10 @@ def test_it_falls_at_once_and_climbs_a_rung_for_each_dwell() -> None:
     assert "climbs one rung for every 75 ms" in climbed.why
     assert climbed.pressed == pytest.approx(99.975)
     assert climbed.since == 100.0
-    assert BALANCED.decide(climbed, replace(calm, now=100.04), RUNGS).rung == 5
-    assert BALANCED.decide(climbed, replace(calm, now=100.06), RUNGS).rung == 4
+    assert BALANCED.decide(climbed, calm._replace(now=100.04), RUNGS).rung == 5
+    assert BALANCED.decide(climbed, calm._replace(now=100.06), RUNGS).rung == 4
     assert BALANCED.decide(on(6, 0.0, 0.0), calm, RUNGS).rung == 0  # nobody came for 100 s
-    unhurried = replace(calm, patience=math.inf, queue=((math.inf, 1, ANY),))
+    unhurried = calm._replace(patience=math.inf, queue=((math.inf, 1, ANY),))
     assert BALANCED.decide(on(6, 99.7, 99.7), unhurried, RUNGS).rung == 5  # then of a second
     assert RESPONSIVE.decide(on(6, 99.9, 99.9), calm, RUNGS).rung == 0
     assert BALANCED.decide(on(6, 99.9, 99.9), waiting(1, floor=0.9), RUNGS).rung == 2  # a floor does not wait
@@ -138,10 +138,10 @@ def test_a_head_that_fits_by_its_median_only_is_tried() -> None:
 
 def test_the_bank_lets_a_lesser_rung_be_taken_only_while_it_bears_it() -> None:
     hurried = waiting(16, asked=0.9)
-    assert BALANCED.decide(None, replace(hurried, bank=0.07), RUNGS).rung == 5  # 0.84 - 0.9 = -0.06 a row
-    assert BALANCED.decide(None, replace(hurried, bank=0.05), RUNGS).rung == 4
-    assert BALANCED.decide(None, replace(hurried, bank=0.0), RUNGS).rung == 2
-    assert replace(BALANCED, allowance=0.07).decide(None, replace(hurried, bank=0.0), RUNGS).rung == 5
+    assert BALANCED.decide(None, hurried._replace(bank=0.07), RUNGS).rung == 5  # 0.84 - 0.9 = -0.06 a row
+    assert BALANCED.decide(None, hurried._replace(bank=0.05), RUNGS).rung == 4
+    assert BALANCED.decide(None, hurried._replace(bank=0.0), RUNGS).rung == 2
+    assert replace(BALANCED, allowance=0.07).decide(None, hurried._replace(bank=0.0), RUNGS).rung == 5
     in_need = waiting(1, slack=0.03, asked=0.9, bank=0.0)  # only lesser rungs are in time
     assert BALANCED.decide(None, in_need, RUNGS).rung is None
 
@@ -165,11 +165,11 @@ def test_without_a_latency_asked_for_a_rung_must_carry_what_comes() -> None:
     quiet = waiting(1, slack=math.inf, patience=math.inf)
     assert BALANCED.decide(None, quiet, RUNGS).rung == 0
     for rate in (10.0, 20.0, 50.0):
-        steady = replace(quiet, rate=rate, rows=int(rate * UNHURRIED))
+        steady = quiet._replace(rate=rate, rows=int(rate * UNHURRIED))
         made = BALANCED.decide(None, steady, RUNGS)
         assert made.rung is not None
         assert RUNGS[made.rung].per_row < 1 / rate
-    assert BALANCED.decide(None, replace(quiet, rows=10_000), RUNGS).rung == 6
+    assert BALANCED.decide(None, quiet._replace(rows=10_000), RUNGS).rung == 6
 
 
 # --- batches ----------------------------------------------------------------------------------------------------
@@ -319,19 +319,19 @@ def test_more_load_never_gives_a_better_rung(
 ) -> None:  # fmt: skip
     """More rows behind the queue, a higher rate, a slower machine: all else equal."""
     floors = tuple((s, r, ANY) for s, r, _ in signal.queue)  # a rung may be too good for a floor only
-    signal = replace(signal, queue=floors)
+    signal = signal._replace(queue=floors)
     made = governor.decide(last, signal, rungs)
     for loaded in (
-        replace(signal, rows=signal.rows + more),
-        replace(signal, rate=signal.rate + faster),
-        replace(signal, queue=(*signal.queue, *((signal.queue[-1][0], 1, ANY),) * min(more, GLANCE - len(floors))),
+        signal._replace(rows=signal.rows + more),
+        signal._replace(rate=signal.rate + faster),
+        signal._replace(queue=(*signal.queue, *((signal.queue[-1][0], 1, ANY),) * min(more, GLANCE - len(floors))),
                 rows=signal.rows + min(more, GLANCE - len(floors))),
     ):  # fmt: skip
         under = governor.decide(last, loaded, rungs)
         assert (under.rung is None) == (made.rung is None)
         if made.rung is not None and under.rung is not None:
             assert rungs[under.rung].quality <= rungs[made.rung].quality
-    under = governor.decide(last, replace(signal, slowdown=signal.slowdown * slower), rungs)
+    under = governor.decide(last, signal._replace(slowdown=signal.slowdown * slower), rungs)
     if made.rung is not None and under.rung is not None:
         assert rungs[under.rung].quality <= rungs[made.rung].quality
 
@@ -343,12 +343,12 @@ def test_nothing_has_a_unit_but_the_patience(
 ) -> None:
     """A slower ladder with as much longer a patience, and requests as much rarer, is governed alike."""
     assume(signal.patience < math.inf)
-    stretched = replace(
-        signal, now=signal.now * factor, patience=signal.patience * factor, rate=signal.rate / factor,
+    stretched = signal._replace(
+        now=signal.now * factor, patience=signal.patience * factor, rate=signal.rate / factor,
         queue=tuple((slack * factor, rows, floor) for slack, rows, floor in signal.queue),
     )  # fmt: skip
     slower = tuple(replace(r, fixed=r.fixed * factor, per_row=r.per_row * factor) for r in rungs)
-    long_ago = last and replace(last, since=last.since * factor, pressed=last.pressed * factor)
+    long_ago = last and last._replace(since=last.since * factor, pressed=last.pressed * factor)
     made, then = governor.decide(last, signal, rungs), governor.decide(long_ago, stretched, slower)
     assert (then.rung, then.rows) == (made.rung, made.rows)
     assert (then.since, then.pressed) == (made.since * factor, made.pressed * factor)

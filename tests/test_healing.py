@@ -20,6 +20,7 @@ from accelerando.errors import Reason, RefusalError
 from accelerando.goal import Goal
 from accelerando.machine import Machine
 from accelerando.recipe import Recipe
+from accelerando.search import certificate
 from accelerando.search.budget import Budget
 from accelerando.search.grounds import attempt
 from accelerando.search.history import Proposal
@@ -30,6 +31,12 @@ from accelerando.techniques.drop_layers import DropLayers
 from accelerando.techniques.export_onnx import ExportOnnx
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+
+@pytest.fixture(autouse=True)
+def one_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How fast the best is says one pair of processes: each imports torch anew, and no speed is judged here."""
+    monkeypatch.setattr(certificate, "PROCESSES", 1)
 
 
 class Block(torch.nn.Module):
@@ -123,11 +130,11 @@ def test_a_lesson_that_was_killed_goes_on_where_it_was(case: Case, tmp_path: Pat
 
 def test_new_weights_need_no_search(case: Case, tmp_path: Path) -> None:
     old = accelerate(
-        case.model, case.test, "drop <= 5%", train=case.train, metric="accuracy", budget="60s",
+        case.model, case.test, "drop <= 5%", train=case.train, metric="accuracy", budget="40s",
         into=tmp_path / "old", progress=False,
     )  # fmt: skip
     newer = taught(*case.train, seed=1, model=taught(*case.train, seed=0), steps=20)
-    new = refresh(tmp_path / "old", newer, case.test, tmp_path / "new", train=case.train, budget="60s", progress=False)
+    new = refresh(tmp_path / "old", newer, case.test, tmp_path / "new", train=case.train, budget="40s", progress=False)
     assert len(new.bundle.trials) <= len(old.bundle.trials)
     assert new.best.certified
     answers = np.asarray(load(tmp_path / "new")(case.test[0][:50])).argmax(1)

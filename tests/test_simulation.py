@@ -190,7 +190,7 @@ def test_sabotage_a_governor_that_does_not_look_at_the_queue_is_seen() -> None:
         """Sees the head only, and no arrivals."""
 
         def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
-            blind = replace(signal, rows=signal.queue[0][1], queue=signal.queue[:1], rate=0.0)
+            blind = signal._replace(rows=signal.queue[0][1], queue=signal.queue[:1], rate=0.0)
             return PRESETS["balanced"].decide(last, blind, rungs)
 
     @dataclass(frozen=True)
@@ -244,9 +244,9 @@ def test_the_controller_keeps_its_rung_for_ten_seconds() -> None:
     policy = RateController()
     first = policy.decide(None, head(0.3, rate=15.0), RUNGS)
     assert first.rung == 2  # 18.9 rows/s carry 15.75
-    later = replace(head(0.3, rate=80.0), now=105.0)
+    later = head(0.3, rate=80.0)._replace(now=105.0)
     assert policy.decide(first, later, RUNGS).rung == 2
-    assert policy.decide(first, replace(later, now=110.5), RUNGS).rung == 6
+    assert policy.decide(first, later._replace(now=110.5), RUNGS).rung == 6
     assert policy.decide(None, head(0.3, rate=1000.0), RUNGS).rung == 6
 
 

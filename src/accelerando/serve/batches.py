@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -18,8 +17,7 @@ if TYPE_CHECKING:
 Run = Callable[[Sequence[Array]], list[Array]]
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """Requests that are to run together: on which rung of which company, and why there."""
 
     tickets: list[Ticket]

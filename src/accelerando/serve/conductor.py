@@ -17,7 +17,6 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 
 from accelerando.errors import ClosedError, OverloadedError, UsageError
@@ -315,7 +314,7 @@ class Conductor:
             self._cores.release()
             return None
         if len(alive) < len(batch.tickets):
-            batch = replace(batch, tickets=alive)
+            batch = batch._replace(tickets=alive)
 
         def run() -> list[Array]:
             return batch.company.run(batch.rung, batches.join(alive), patience)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from operator import attrgetter
+from typing import NamedTuple, Protocol
 
 from accelerando.errors import UsageError
 
@@ -45,8 +46,7 @@ class RungState:
         return self.fixed + self.per_row * rows
 
 
-@dataclass(frozen=True)
-class Signal:
+class Signal(NamedTuple):
     """What is seen when the executor is free.
 
     Args:
@@ -73,8 +73,7 @@ class Signal:
     asked: float = float("-inf")
 
 
-@dataclass(frozen=True)
-class Decision:
+class Decision(NamedTuple):
     """Where to stand.
 
     Args:
@@ -153,11 +152,12 @@ class Governor:
     def decide(self, last: Decision | None, signal: Signal, rungs: tuple[RungState, ...]) -> Decision:
         """Where to stand for the next batch, after the `last` decision that named a rung."""
         if not signal.queue:
-            return replace(last or Decision(None, 0, signal.now, "", signal.now), rows=0, why="nothing waits")
+            return (last or Decision(None, 0, signal.now, "", signal.now))._replace(rows=0, why="nothing waits")
         slack, rows, floor = signal.queue[0]
         ready = [r for r in rungs if r.ready]
-        able = [r for r in ready if r.quality >= floor and r.most_rows >= rows and self._bears(signal, r, rows)]
-        able.sort(key=_quality, reverse=True)
+        least = max(floor, self._borne(signal, rows))
+        able = [r for r in ready if r.quality >= least and r.most_rows >= rows]
+        able.sort(key=_QUALITY, reverse=True)
         if not any(r.seconds(rows) * signal.slowdown <= slack for r in reversed(able)):  # the last is the fastest
             return Decision(None, 0, signal.now, _refusal(signal, ready, able))
         limits = self._limits(signal, ready)
@@ -175,43 +175,47 @@ class Governor:
 
     # --- what may be taken --------------------------------------------------------------------------------------
 
-    def _bears(self, signal: Signal, rung: RungState, rows: int) -> bool:
-        """Whether the bank bears so many rows of this rung's quality."""
-        return rung.quality >= signal.asked or signal.bank + (rung.quality - signal.asked) * rows >= -self.allowance
+    def _borne(self, signal: Signal, rows: int) -> float:
+        """The least quality of which the bank bears so many rows."""
+        return signal.asked - max(signal.bank + self.allowance, 0.0) / rows
 
     def _limits(self, signal: Signal, ready: list[RungState]) -> _Limits:
         unit = _unit(signal)
         load = max(signal.rows, signal.queue[0][1]) + signal.rate * self.horizon * unit
-        costs = {r.number: _shared(r, self._full(signal, r)) for r in ready}
+        longest = self._longest(signal)
+        costs = {r.number: _shared(r, self._full(r, longest)) for r in ready}
         return _Limits(signal, ready, costs, (self.wait + self.horizon) * unit / load)
 
-    def _full(self, signal: Signal, rung: RungState) -> int:
+    def _longest(self, signal: Signal) -> float:
+        """The longest that a batch of several requests may take, in seconds on a quiet machine."""
+        return self.block * signal.patience / signal.slowdown
+
+    def _full(self, rung: RungState, longest: float) -> int:
         """How many rows a full batch of this rung holds; 0 where joining requests does not pay."""
         if rung.fixed < (self.gain - 1) * rung.per_row:
             return 0  # nor would it in a batch without end
-        most, longest = rung.most_rows, self.block * signal.patience / (rung.tail * signal.slowdown)
-        if rung.seconds(most) > longest:
-            most = int((longest - rung.fixed) / rung.per_row) if rung.per_row > 0 else 0
+        most, usual = rung.most_rows, longest / rung.tail
+        if rung.seconds(most) > usual:
+            most = int((usual - rung.fixed) / rung.per_row) if rung.per_row > 0 else 0
         return most if most > 1 and rung.seconds(1) * most >= self.gain * rung.seconds(most) else 0
 
     def _batch(self, signal: Signal, limits: _Limits, rung: RungState) -> int:
         """Rows of the next batch: the head's, and those of the next requests that fit, where joining pays."""
         rows = limits.rows
-        full = self._full(signal, rung) if signal.rows > rows else 0
+        full = self._full(rung, self._longest(signal)) if signal.rows > rows else 0
         if not full:
             return rows
         longest = min(limits.slack, self.block * signal.patience)
         for k, (_, more, floor) in enumerate(signal.queue[1:], 2):
             joined = rows + more
             most = rung.seconds(joined) * rung.tail * signal.slowdown
-            if floor > rung.quality or joined > rung.most_rows or most > min(longest, limits.spare[k]):
-                return rows
-            if not self._bears(signal, rung, joined):
+            least = max(floor, self._borne(signal, joined))
+            if least > rung.quality or joined > rung.most_rows or most > min(longest, limits.spare[k]):
                 return rows
             rows = joined
         more = min(full, signal.rows)
-        fits = rung.seconds(more) * rung.tail * signal.slowdown <= longest and self._bears(signal, rung, more)
-        return max(rows, more) if fits else rows
+        fits = rung.seconds(more) * rung.tail * signal.slowdown <= longest
+        return max(rows, more) if fits and rung.quality >= self._borne(signal, more) else rows
 
     # --- hysteresis ---------------------------------------------------------------------------------------------
 
@@ -234,6 +238,7 @@ class Governor:
         return rung, max(last.pressed, now - dwell * (len(rungs) + 1)) + climbed * dwell
 
 
+_QUALITY = attrgetter("quality")
 STEADY = Governor(dwell=1.0)
 BALANCED = Governor(dwell=0.25)
 RESPONSIVE = Governor(dwell=0.0)
@@ -275,7 +280,9 @@ class _Limits:
         self.signal, self._costs, self.budget = signal, costs, budget
         self.slack, self.rows, _ = signal.queue[0]
         self.spare = self._look_behind(ready, costs)
-        self._dearest, self._longest = budget * self.rows, min(self.slack, self.spare[1])
+        # Of a quiet machine, as the rungs' own seconds are.
+        self._dearest = budget * self.rows / signal.slowdown
+        self._longest = min(self.slack, self.spare[1]) / signal.slowdown
 
     def cost(self, rung: RungState) -> float:
         """Usual seconds that the head adds."""
@@ -302,7 +309,8 @@ class _Limits:
 
     def reached(self, rung: RungState) -> bool:
         """Whether a rung is too slow for the head of the queue."""
-        return self.cost(rung) > self._dearest or self._most(rung) > self._longest
+        once, each = self._costs[rung.number]
+        return once + each * self.rows > self._dearest or rung.seconds(self.rows) * rung.tail > self._longest
 
     def _most(self, rung: RungState) -> float:
         """The p95 of its seconds for the head."""
@@ -312,7 +320,7 @@ class _Limits:
         """The limit that a rung reaches, in words."""
         signal, cost, most = self.signal, self.cost(rung), self._most(rung)
         each = _time(cost / self.rows)
-        if cost > self._dearest:
+        if cost > self.budget * self.rows:
             return (
                 f"{each} a row, and {signal.rows} rows waiting with {signal.rate:.3g} a second to come leave "
                 f"{_time(self.budget)}"
@@ -363,10 +371,6 @@ def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> s
 def _unit(signal: Signal) -> float:
     """The seconds of which a governor's figures are multiples."""
     return signal.patience if signal.patience < math.inf else UNHURRIED
-
-
-def _quality(rung: RungState) -> float:
-    return rung.quality
 
 
 def _time(seconds: float) -> str:

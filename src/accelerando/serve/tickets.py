@@ -7,6 +7,7 @@ import math
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from accelerando.interval import Interval
 from accelerando.serve.interrupts import is_interrupt
@@ -16,8 +17,7 @@ MOST_PRIORITY = 2**32 - 1  # as the protocols have it
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Explanation:
+class Explanation(NamedTuple):
     """How an answer came about.
 
     Args:
@@ -38,8 +38,7 @@ class Explanation:
     version: int = 1
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """The flat outputs of one request, in the signature's order, and how they came about."""
 
     leaves: list[Array]
