@@ -172,7 +172,7 @@ class FakeServed:
             self._count(cancelled=1)
             return False
         try:
-            answer = Answer(self.function(list(ticket.leaves)), dataclasses.replace(self.why, rows=ticket.rows))
+            answer = Answer(self.function(list(ticket.leaves)), self.why._replace(rows=ticket.rows))
         except Exception as error:  # noqa: BLE001  as the runtime does: one poisonous request must not end the thread
             self._count(failed=1)
             ticket.future.set_exception(error if isinstance(error, ServingError) else RowsError(str(error)))
