@@ -129,10 +129,8 @@ def under_cap(path: Path, portable: Sequence[int], rows: np.ndarray) -> tuple[tu
                 readings.append(resident_bytes(residents._pid()))
         told = residents.memory
     # In the median: what a single reading finds of an allocator's leavings is chance.
-    growth, most = (
-        float(np.median(readings[-WARM:]) / np.median(readings[WARM : 2 * WARM])) - 1,
-        highest.bytes - nothing,
-    )
+    growth = float(np.median(readings[-WARM:]) / np.median(readings[WARM : 2 * WARM])) - 1
+    most = highest.bytes - nothing
     figures = (
         Figure(f"highest reading in {switches} switches under a cap", f"{most / 1e6:.1f} MB",
                f"the cap, {cap / 1e6:.1f} MB", most <= cap),

@@ -304,9 +304,9 @@ def _digest(model: Model, metric: Metric, *splits: Samples) -> str:
     digest.update(metric.source.encode())
     if model.form is Form.TORCH:
         digest.update(repr(model.content).encode())
-        for kind in sorted({type(m) for m in model.content.modules()}, key=str):
-            text = _source(kind)  # type: ignore[arg-type]  # mypy takes no class for hashable
-            digest.update(text.encode())  # a forward() that was edited is another model
+        kinds: set[object] = {type(m) for m in model.content.modules()}
+        for kind in sorted(kinds, key=str):
+            digest.update(_source(kind).encode())  # a forward() that was edited is another model
         for name, tensor in model.content.state_dict().items():
             digest.update(name.encode())
             digest.update(np.ascontiguousarray(to_numpy(tensor)).tobytes())
@@ -320,7 +320,7 @@ def _digest(model: Model, metric: Metric, *splits: Samples) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _source(kind: type[Any]) -> str:
+def _source(kind: object) -> str:
     """The source text of a class, for which Python parses the whole file each time that it is asked."""
     return metrics.source_of(kind)
 

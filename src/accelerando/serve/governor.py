@@ -46,6 +46,7 @@ class RungState:
         return self.fixed + self.per_row * rows
 
 
+# Tuples, for each decision makes both: a frozen dataclass takes 1.6 to 3.5 times as long to make.
 class Signal(NamedTuple):
     """What is seen when the executor is free.
 
