@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -167,3 +169,29 @@ def test_a_refresh_refuses_another_structure_and_takes_what_it_can_not_compare()
                 _check_structure(before, new)
         else:
             _check_structure(before, new)
+
+
+def test_evidence_is_of_the_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same weights in a class that was edited and imported again are another model, and no search goes on there."""
+    source = (
+        "import torch\nclass Edited(torch.nn.Linear):\n    def forward(self, x):\n        return super().forward(x)"
+    )
+    file = tmp_path / "edited_module.py"
+    file.write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    module = importlib.import_module("edited_module")
+    weights = module.Edited(4, 3).state_dict()
+
+    def digest() -> str:
+        model = module.Edited(4, 3)
+        model.load_state_dict(weights)
+        return adopt(model.eval(), floats(40, 4), metric="cosine").digest
+
+    try:
+        before = digest()
+        assert digest() == before
+        file.write_text(source + ".relu()")
+        importlib.reload(module)
+        assert digest() != before
+    finally:
+        del sys.modules["edited_module"]
