@@ -190,7 +190,7 @@ def test_evidence_is_of_the_code_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
     try:
         before = digest()
         assert digest() == before
-        file.write_text(source + ".relu()")
+        file.write_text(source + " * 1.0")  # the same answers, so that nothing but the code tells
         importlib.reload(module)
         assert digest() != before
     finally:
