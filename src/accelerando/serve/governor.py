@@ -159,12 +159,15 @@ class Governor:
         least = max(floor, self._borne(signal, rows))
         able = [r for r in ready if r.quality >= least and r.most_rows >= rows]
         able.sort(key=_QUALITY, reverse=True)
-        if not any(r.seconds(rows) * signal.slowdown <= slack for r in reversed(able)):  # the last is the fastest
+        for rung in reversed(able):  # the last is the fastest
+            if rung.seconds(rows) * signal.slowdown <= slack:
+                break
+        else:
             return Decision(None, 0, signal.now, _refusal(signal, ready, able))
-        limits = self._limits(signal, ready)
-        best = next((r for r in able if not limits.reached(r)), None)
+        limits = _Limits(self, signal, ready)
+        best = limits.best(able)
         if best is not None:
-            dwell = self.dwell * _unit(signal)
+            dwell = self.dwell * limits.unit
             rung, pressed = self._stand(last, signal.now, dwell, limits, ready, rungs, able, best)
             why = _why(limits, able, rung, best, dwell)
         else:
@@ -174,36 +177,14 @@ class Governor:
         since = last.since if last is not None and last.rung == rung.number else signal.now
         return Decision(rung.number, self._batch(signal, limits, rung), since, why, pressed)
 
-    # --- what may be taken --------------------------------------------------------------------------------------
-
     def _borne(self, signal: Signal, rows: int) -> float:
         """The least quality of which the bank bears so many rows."""
         return signal.asked - max(signal.bank + self.allowance, 0.0) / rows
 
-    def _limits(self, signal: Signal, ready: list[RungState]) -> _Limits:
-        unit = _unit(signal)
-        load = max(signal.rows, signal.queue[0][1]) + signal.rate * self.horizon * unit
-        longest = self._longest(signal)
-        costs = {r.number: _shared(r, self._full(r, longest)) for r in ready}
-        return _Limits(signal, ready, costs, (self.wait + self.horizon) * unit / load)
-
-    def _longest(self, signal: Signal) -> float:
-        """The longest that a batch of several requests may take, in seconds on a quiet machine."""
-        return self.block * signal.patience / signal.slowdown
-
-    def _full(self, rung: RungState, longest: float) -> int:
-        """How many rows a full batch of this rung holds; 0 where joining requests does not pay."""
-        if rung.fixed < (self.gain - 1) * rung.per_row:
-            return 0  # nor would it in a batch without end
-        most, usual = rung.most_rows, longest / rung.tail
-        if rung.seconds(most) > usual:
-            most = int((usual - rung.fixed) / rung.per_row) if rung.per_row > 0 else 0
-        return most if most > 1 and rung.seconds(1) * most >= self.gain * rung.seconds(most) else 0
-
     def _batch(self, signal: Signal, limits: _Limits, rung: RungState) -> int:
         """Rows of the next batch: the head's, and those of the next requests that fit, where joining pays."""
         rows = limits.rows
-        full = self._full(rung, self._longest(signal)) if signal.rows > rows else 0
+        full = limits.full(rung) if signal.rows > rows else 0
         if not full:
             return rows
         longest = min(limits.slack, self.block * signal.patience)
@@ -218,21 +199,22 @@ class Governor:
         fits = rung.seconds(more) * rung.tail * signal.slowdown <= longest
         return max(rows, more) if fits and rung.quality >= self._borne(signal, more) else rows
 
-    # --- hysteresis ---------------------------------------------------------------------------------------------
-
     def _stand(
         self, last: Decision | None, now: float, dwell: float, limits: _Limits, ready: list[RungState],
         rungs: tuple[RungState, ...], able: list[RungState], best: RungState,
     ) -> tuple[RungState, float]:  # fmt: skip
         """The rung to stand on among those that fit, of which one is the best; and since when none better fitted."""
-        here = next((r for r in rungs if last is not None and r.number == last.rung), None)
-        if last is None or here is None or dwell == 0 or best.quality <= here.quality:
+        if last is None or dwell == 0 or last.rung == best.number:
+            return best, now
+        here = next((r for r in rungs if r.number == last.rung), None)
+        if here is None or best.quality <= here.quality:
             return best, now
         steps = int(min((now - last.pressed) / dwell, len(rungs)))
         better = sorted({r.quality for r in ready if r.quality > here.quality})
         most = ([here.quality, *better])[min(max(steps, 0), len(better))]
-        fit = (r for r in able if r.quality <= most and not limits.reached(r))
-        rung = next(fit, None) or next(r for r in reversed(able) if not limits.reached(r))
+        rung = limits.best([r for r in able if r.quality <= most])
+        if rung is None:
+            rung = next(r for r in reversed(able) if not limits.reached(r))
         if rung is best:
             return rung, now
         climbed = sum(1 for q in better if q <= rung.quality)
@@ -262,44 +244,67 @@ def soonest(rungs: Iterable[RungState], rows: int, ahead: int, busy: float, slow
     return busy + slowdown * max(alone, row * (ahead + rows))
 
 
-class _Limits:
-    """What bounds the choice for one signal.
+_NOBODY_BEHIND = [-math.inf, math.inf]
 
-    Args:
-        costs: by rung, the usual seconds of each request and of each of its rows.
-        budget: what a row may cost, by the drain law.
+
+class _Limits:
+    """What bounds the choice for one signal.  Every decision comes by here, so sums of `RungState` are written out.
 
     Attributes:
+        unit: the seconds of which the governor's figures are multiples.
+        budget: what a row may cost, by the drain law.
         spare: [k]: how many seconds the first k requests, at least one, may take so that those behind are in time.
     """
 
-    __slots__ = ("_costs", "_dearest", "_longest", "budget", "rows", "signal", "slack", "spare")
+    __slots__ = ("_costs", "_dearest", "_gain", "_joint", "_longest", "budget", "rows", "signal", "slack", "spare", "unit")
 
-    def __init__(
-        self, signal: Signal, ready: list[RungState], costs: dict[int, tuple[float, float]], budget: float
-    ) -> None:
-        self.signal, self._costs, self.budget = signal, costs, budget
+    def __init__(self, governor: Governor, signal: Signal, ready: list[RungState]) -> None:
+        self.signal, slowdown, patience = signal, signal.slowdown, signal.patience
         self.slack, self.rows, _ = signal.queue[0]
-        self.spare = self._look_behind(ready, costs)
-        # Of a quiet machine, as the rungs' own seconds are.
-        self._dearest = budget * self.rows / signal.slowdown
-        self._longest = min(self.slack, self.spare[1]) / signal.slowdown
+        self.unit = unit = patience if patience < math.inf else UNHURRIED
+        load = max(signal.rows, self.rows) + signal.rate * governor.horizon * unit
+        self.budget = (governor.wait + governor.horizon) * unit / load
+        # Of a quiet machine, as the rungs' own seconds are: a batch of several requests, and the head.
+        self._gain, self._joint = governor.gain, governor.block * patience / slowdown
+        self._costs: dict[int, tuple[float, float]] = {}
+        self.spare = self._look_behind(ready) if len(signal.queue) > 1 else _NOBODY_BEHIND
+        self._dearest = self.budget * self.rows / slowdown
+        self._longest = min(self.slack, self.spare[1]) / slowdown
+
+    def full(self, rung: RungState) -> int:
+        """How many rows a full batch of this rung holds; 0 where joining requests does not pay."""
+        once, each, most, gain = rung.fixed, rung.per_row, rung.most_rows, self._gain
+        if once < (gain - 1) * each:
+            return 0  # nor would it in a batch without end
+        usual = self._joint / rung.tail
+        if once + each * most > usual:
+            most = int((usual - once) / each) if each > 0 else 0
+        return most if most > 1 and (once + each) * most >= gain * (once + each * most) else 0
+
+    def _shared(self, rung: RungState) -> tuple[float, float]:
+        """Usual seconds of a rung where requests are many: for each request, and for each of its rows."""
+        known = self._costs.get(rung.number)
+        if known is None:
+            full = self.full(rung)
+            known = (0.0, rung.per_row + rung.fixed / full) if full else (rung.fixed, rung.per_row)
+            self._costs[rung.number] = known
+        return known
 
     def cost(self, rung: RungState) -> float:
         """Usual seconds that the head adds."""
-        once, each = self._costs[rung.number]
+        once, each = self._shared(rung)
         return (once + each * self.rows) * self.signal.slowdown
 
-    def _look_behind(self, ready: list[RungState], costs: dict[int, tuple[float, float]]) -> list[float]:
+    def _look_behind(self, ready: list[RungState]) -> list[float]:
         """`spare`, from the last request on; nothing stands before the first."""
-        slowdown, fastest = self.signal.slowdown, dict[float, tuple[float, float]]()
+        slowdown, known = self.signal.slowdown, math.nan
         left = math.inf
         spare = [left]
         for slack, rows, floor in self.signal.queue[:0:-1]:
-            if floor not in fastest:
-                keeping = [costs[r.number] for r in ready if r.quality >= floor]
-                fastest[floor] = min(keeping, key=sum, default=(0.0, 0.0))  # none keeps it: it will be refused
-            once, each = fastest[floor]
+            if floor != known:
+                keeping = [self._shared(r) for r in ready if r.quality >= floor]
+                once, each = min(keeping, key=sum, default=(0.0, 0.0))  # none keeps it: it will be refused
+                known = floor
             if slack < left:
                 left = slack
             left -= (once + each * rows) * slowdown
@@ -308,10 +313,18 @@ class _Limits:
         spare.reverse()
         return spare
 
+    def best(self, rungs: list[RungState]) -> RungState | None:
+        """The first that is not too slow for the head of the queue."""
+        for rung in rungs:  # not by `next`, which takes longer
+            if not self.reached(rung):
+                return rung
+        return None
+
     def reached(self, rung: RungState) -> bool:
         """Whether a rung is too slow for the head of the queue."""
-        once, each = self._costs[rung.number]
-        return once + each * self.rows > self._dearest or rung.seconds(self.rows) * rung.tail > self._longest
+        once, each = self._shared(rung)
+        rows = self.rows
+        return once + each * rows > self._dearest or (rung.fixed + rung.per_row * rows) * rung.tail > self._longest
 
     def _most(self, rung: RungState) -> float:
         """The p95 of its seconds for the head."""
@@ -333,18 +346,13 @@ class _Limits:
         return f"{each} a row"
 
 
-def _shared(rung: RungState, full: int) -> tuple[float, float]:
-    """Usual seconds of a rung where requests are many: for each request, and for each of its rows."""
-    return (0.0, rung.per_row + rung.fixed / full) if full else (rung.fixed, rung.per_row)
-
-
 def _why(limits: _Limits, able: list[RungState], rung: RungState, target: RungState, dwell: float) -> str:
     if target.quality > rung.quality:
         return f"there is time for rung {target.number}, but it climbs one rung for every {_time(dwell)} of calm"
-    better = [r for r in able if r.quality > rung.quality]
-    if not better:
+    if able[0].quality <= rung.quality:
         return "there is time for the best rung that is ready and keeps what is asked for"
-    return f"the best in time: rung {better[-1].number} takes {limits.objection(better[-1])}"
+    better = [r for r in able if r.quality > rung.quality][-1]
+    return f"the best in time: rung {better.number} takes {limits.objection(better)}"
 
 
 def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> str:
@@ -367,11 +375,6 @@ def _refusal(signal: Signal, ready: list[RungState], able: list[RungState]) -> s
         f"answers are to have a quality of {signal.asked:.4g} in the mean; none of the rungs that keep its floor "
         f"reaches that, and the {signal.bank:.3g} that better answers have earned do not bear it"
     )
-
-
-def _unit(signal: Signal) -> float:
-    """The seconds of which a governor's figures are multiples."""
-    return signal.patience if signal.patience < math.inf else UNHURRIED
 
 
 def _time(seconds: float) -> str:
