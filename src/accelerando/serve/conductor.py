@@ -47,7 +47,7 @@ class Conductor:
     """The executor with its queue.  Thread-safe.
 
     Args:
-        company: whom it conducts.
+        company: whom it conducts, until `conduct` says otherwise.
         governor: says on which rung to stand; anything with its `decide` will do.
         cores: held while anything computes, by others too.
         waiting_rows: that the queue takes at most.
@@ -62,6 +62,7 @@ class Conductor:
         waiting_rows: int = 10_000,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self.company = company
         self.tally = Tally()
         self._cores, self._clock = cores, clock
         self._footing = Footing(company, governor, self.tally, clock)
@@ -79,15 +80,10 @@ class Conductor:
         self._executor = threading.Thread(target=self._execute_all, name=f"{OURS}executor", daemon=True)
         self._executor.start()
 
-    # --- what is conducted --------------------------------------------------------------------------------------
-
-    @property
-    def company(self) -> Company:
-        return self._footing.company
-
     def conduct(self, company: Company) -> None:
         """Conduct another company, or the same with other aims, from the next batch on."""
         with self._lock:
+            self.company = company
             self._footing.take(company)
 
     # --- requests come ------------------------------------------------------------------------------------------
@@ -105,6 +101,10 @@ class Conductor:
             OverloadedError: no rung could answer it in time, or the queue is full.
             ClosedError: the conductor has been closed, or no rung can answer any longer.
         """
+        ticket.future  # noqa: B018  made here, before anybody else knows of it
+        self._submit(ticket, at_once, patience)
+
+    def _submit(self, ticket: Ticket, at_once: float, patience: float = math.inf) -> None:
         if (batch := self._taken(ticket, at_once)) is not None:
             left = None
             try:
@@ -150,14 +150,14 @@ class Conductor:
                 "the model was called by a callback of one of its answers, in the very thread that has to answer it, "
                 "and would wait for ever; use `submit` there, or call it in another thread"
             )
-        self.submit(ticket, at_once=math.inf)
-        return ticket.future.result()
+        self._submit(ticket, at_once=math.inf)
+        return ticket.result()
 
     def _taken(self, ticket: Ticket, at_once: float) -> Batch | None:
         """A batch of its own, which the caller is to run; none where it was put into the queue."""
         with self._lock:
             self._come(ticket)
-            if at_once and not self._busy and not len(self._queue):
+            if at_once and not self._busy and not self._queue.rows:
                 alone = (ticket.deadline - ticket.arrived, ticket.rows, ticket.floor)
                 decision = self._footing.decide((alone,), ticket.rows)
                 if decision.rung is not None and self._is_brief(decision.rung, ticket.rows, at_once):
@@ -176,7 +176,7 @@ class Conductor:
         if not self.company.residents.ready:
             self.tally.turned_away("refused", ticket.rows)
             raise none_left(self.company)
-        self._footing.rate.observe(ticket.arrived, ticket.rows, waits=bool(self._busy) or len(self._queue) > 0)
+        self._footing.rate.observe(ticket.arrived, ticket.rows, waits=bool(self._busy or self._queue.rows))
 
     def _admit(self, ticket: Ticket) -> None:
         """Refuse it at once where it is lost already."""
@@ -208,7 +208,7 @@ class Conductor:
 
     def _is_wanted(self) -> bool:
         """Whether there is anything for the executor to do, besides what an event loop left to it."""
-        return len(self._queue) > 0 or self._closing or self.company.may_audit()
+        return self._queue.rows > 0 or self._closing or self.company.may_audit()
 
     def _serve_soon(self, at_once: float, soon: Soon) -> None:
         """See to the queue in an event loop's turn, as far as that may do so; the rest is the executor's."""
@@ -255,7 +255,7 @@ class Conductor:
         if not is_interrupt(error):
             log.error("an error of the executor's own", exc_info=error)
         for ticket in tickets:
-            if ticket.future.running() or (not ticket.future.done() and self._room.begins(ticket)):
+            if ticket.is_open() or (not ticket.future.done() and self._room.begins(ticket)):
                 self._fail(ticket, of_rows(error))
 
     def _fail(self, ticket: Ticket, error: Exception) -> None:
@@ -293,8 +293,10 @@ class Conductor:
 
     def _is_brief(self, rung: int, rows: int, seconds: float) -> bool:
         """Whether so many rows should take a rung no longer than so many seconds."""
+        if seconds == math.inf:
+            return True
         cost = self.company.residents[rung].cost
-        return seconds == math.inf or (cost is not None and cost.seconds(rows) <= seconds)
+        return cost is not None and cost.seconds(rows) <= seconds
 
     def _serve(self, batch: Batch, patience: float = math.inf) -> Left | None:
         """Run one batch, and answer each of its requests.

@@ -66,7 +66,9 @@ class DeadlineQueue:
 
     def next_deadline(self) -> float:
         """When the first of all deadlines passes; infinite where there is none."""
-        return min((self._order[i][1].deadline for i in self._starts()), default=math.inf)
+        if not self._order:  # so it is for most of the time
+            return math.inf
+        return min(self._order[i][1].deadline for i in self._starts())
 
     def expired(self, now: float) -> list[Ticket]:
         """Take out those whose deadline has passed: a request that is dead is never run."""

@@ -256,7 +256,9 @@ class _Limits:
         spare: [k]: how many seconds the first k requests, at least one, may take so that those behind are in time.
     """
 
-    __slots__ = ("_costs", "_dearest", "_gain", "_joint", "_longest", "budget", "rows", "signal", "slack", "spare", "unit")
+    __slots__ = (
+        "_costs", "_dearest", "_gain", "_joint", "_longest", "budget", "rows", "signal", "slack", "spare", "unit"
+    )  # fmt: skip
 
     def __init__(self, governor: Governor, signal: Signal, ready: list[RungState]) -> None:
         self.signal, slowdown, patience = signal, signal.slowdown, signal.patience
@@ -322,9 +324,14 @@ class _Limits:
 
     def reached(self, rung: RungState) -> bool:
         """Whether a rung is too slow for the head of the queue."""
-        once, each = self._shared(rung)
         rows = self.rows
-        return once + each * rows > self._dearest or (rung.fixed + rung.per_row * rows) * rung.tail > self._longest
+        alone = rung.fixed + rung.per_row * rows
+        if alone * rung.tail > self._longest:
+            return True
+        if rows == 1 and alone <= self._dearest:
+            return False  # where requests are many a row costs no more than alone
+        once, each = self._shared(rung)
+        return once + each * rows > self._dearest
 
     def _most(self, rung: RungState) -> float:
         """The p95 of its seconds for the head."""

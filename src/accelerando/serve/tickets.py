@@ -55,7 +55,6 @@ class Ticket:
         arrived: seconds of the monotonic clock; `deadline` likewise, infinite where there is none.
         floor: the least quality that will do, oriented like `RungState.quality`.
         priority: 1 goes first, `MOST_PRIORITY` last but one; 0 is the usual, and counts as the lowest.
-        future: gets an `Answer`, or a `ServingError`; a caller that gives up cancels it, and its rows leave the queue.
     """
 
     leaves: Sequence[Array]
@@ -64,19 +63,52 @@ class Ticket:
     deadline: float = math.inf
     floor: float = -math.inf
     priority: int = 0
-    future: Future[Answer] = field(default_factory=Future)
+    _future: Future[Answer] | None = field(default=None, init=False)
+    _outcome: Answer | Exception | None = field(default=None, init=False)  # where there is no future to hold it
+
+    @property
+    def future(self) -> Future[Answer]:
+        """Gets an `Answer`, or a `ServingError`; a caller that gives up cancels it, and its rows leave the queue.
+
+        Made when it is first asked for, which must be before another thread knows of the request: a caller that runs
+        its own request needs none, and making and settling one takes a tenth of such a call.
+        """
+        if self._future is None:
+            self._future = Future()
+            if self._outcome is not None:
+                self.settle(self._outcome)
+        return self._future
+
+    def begin(self) -> bool:
+        """Whether its caller is still there; from now on it can't give up any more.  Once for each."""
+        return self._future is None or self._future.set_running_or_notify_cancel()
 
     def settle(self, outcome: Answer | Exception) -> None:
         """Tell its caller what became of it; whatever a callback of the future raises concerns nobody else."""
+        if self._future is None:
+            self._outcome = outcome
+            return
         try:
             if isinstance(outcome, Exception):
-                self.future.set_exception(outcome)
+                self._future.set_exception(outcome)
             else:
-                self.future.set_result(outcome)
+                self._future.set_result(outcome)
         except BaseException as error:
             if is_interrupt(error):
                 raise
             log.exception("a callback of a request failed")
+
+    def is_open(self) -> bool:
+        """Whether it began, and has not been settled."""
+        return self._outcome is None if self._future is None else self._future.running()
+
+    def result(self) -> Answer:
+        """The answer, waited for.  Raises what it was settled with."""
+        if self._future is not None or self._outcome is None:
+            return self.future.result()
+        if isinstance(self._outcome, Exception):
+            raise self._outcome
+        return self._outcome
 
     @property
     def likeness(self) -> tuple[tuple[int, ...], ...]:

@@ -106,7 +106,7 @@ class WaitingRoom:
 
         Called without the lock, once for each.
         """
-        if ticket.future.set_running_or_notify_cancel():
+        if ticket.begin():
             return True
         with self._lock:  # it was cancelled on the way from the queue to here, where `_forget` does not find it
             self._tally.turned_away("cancelled", ticket.rows)
