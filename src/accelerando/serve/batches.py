@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -27,7 +28,10 @@ class Batch(NamedTuple):
 
     @property
     def rows(self) -> int:
-        return sum([t.rows for t in self.tickets])
+        return sum(map(_ROWS, self.tickets))
+
+
+_ROWS = attrgetter("rows")  # quicker than our own words
 
 
 def joinable(signature: Signature) -> bool:

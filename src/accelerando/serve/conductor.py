@@ -267,7 +267,8 @@ class Conductor:
         """What ran is done, but for what is left to the executor: whoever waits for the cores may go on."""
         with self._lock:
             self._left, self._busy = left, (self._executor.ident or 0) if left is not None else 0
-            self._room.guard()
+            if self._queue.rows:
+                self._room.guard()
             if left is not None or self._is_wanted():
                 self._work.notify()
 
@@ -311,7 +312,7 @@ class Conductor:
         self._busy_until = start + expected
         if not self._cores.acquire(timeout=patience if patience < math.inf else -1):
             return partial(self._complete, batch, partial(self._serve, batch))
-        alive = [ticket for ticket in batch.tickets if self._room.begins(ticket)]
+        alive = list(filter(self._room.begins, batch.tickets))
         if not alive:
             self._cores.release()
             return None

@@ -70,6 +70,7 @@ class Slowdown:
         if not 0 < weight <= 1:
             raise ValueError(f"the weight of the newest call must lie between 0 and 1, but got {weight!r}")
         self.weight = weight
+        self._spread = weight / (2 - weight)  # variance of the mean, as a share of that of one call
         self._mean = 0.0
         self._variance = USUAL_NOISE**2
         self._last_far = 0.0  # how far beyond, where the last call was far off; its sign is the side
@@ -99,11 +100,6 @@ class Slowdown:
         """The factor itself; 1 on a quiet machine."""
         return math.exp(self._mean)
 
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of the mean's logarithm."""
-        return math.sqrt(self._variance * self.weight / (2 - self.weight))
-
     def factor(self, deviations: float = 1.0) -> float:
         """The factor to plan with: the mean and so many of its standard deviations more."""
-        return math.exp(self._mean + deviations * self.deviation)
+        return math.exp(self._mean + deviations * math.sqrt(self._variance * self._spread))

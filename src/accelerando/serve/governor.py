@@ -155,7 +155,7 @@ class Governor:
         if not signal.queue:
             return (last or Decision(None, 0, signal.now, "", signal.now))._replace(rows=0, why="nothing waits")
         slack, rows, floor = signal.queue[0]
-        ready = [r for r in rungs if r.ready]
+        ready = list(filter(_READY, rungs))
         least = max(floor, self._borne(signal, rows))
         able = [r for r in ready if r.quality >= least and r.most_rows >= rows]
         able.sort(key=_QUALITY, reverse=True)
@@ -221,7 +221,7 @@ class Governor:
         return rung, max(last.pressed, now - dwell * (len(rungs) + 1)) + climbed * dwell
 
 
-_QUALITY = attrgetter("quality")
+_QUALITY, _READY = attrgetter("quality"), attrgetter("ready")  # quicker than our own words
 STEADY = Governor(dwell=1.0)
 BALANCED = Governor(dwell=0.25)
 RESPONSIVE = Governor(dwell=0.0)
@@ -257,7 +257,7 @@ class _Limits:
     """
 
     __slots__ = (
-        "_costs", "_dearest", "_gain", "_joint", "_longest", "budget", "rows", "signal", "slack", "spare", "unit"
+        "_dearest", "_gain", "_joint", "_known", "_longest", "budget", "rows", "signal", "slack", "spare", "unit"
     )  # fmt: skip
 
     def __init__(self, governor: Governor, signal: Signal, ready: list[RungState]) -> None:
@@ -268,33 +268,34 @@ class _Limits:
         self.budget = (governor.wait + governor.horizon) * unit / load
         # Of a quiet machine, as the rungs' own seconds are: a batch of several requests, and the head.
         self._gain, self._joint = governor.gain, governor.block * patience / slowdown
-        self._costs: dict[int, tuple[float, float]] = {}
+        self._known: dict[int, tuple[float, float, int]] = {}
         self.spare = self._look_behind(ready) if len(signal.queue) > 1 else _NOBODY_BEHIND
         self._dearest = self.budget * self.rows / slowdown
         self._longest = min(self.slack, self.spare[1]) / slowdown
 
     def full(self, rung: RungState) -> int:
         """How many rows a full batch of this rung holds; 0 where joining requests does not pay."""
-        once, each, most, gain = rung.fixed, rung.per_row, rung.most_rows, self._gain
-        if once < (gain - 1) * each:
-            return 0  # nor would it in a batch without end
-        usual = self._joint / rung.tail
-        if once + each * most > usual:
-            most = int((usual - once) / each) if each > 0 else 0
-        return most if most > 1 and (once + each) * most >= gain * (once + each * most) else 0
+        return self._shared(rung)[2]
 
-    def _shared(self, rung: RungState) -> tuple[float, float]:
-        """Usual seconds of a rung where requests are many: for each request, and for each of its rows."""
-        known = self._costs.get(rung.number)
-        if known is None:
-            full = self.full(rung)
-            known = (0.0, rung.per_row + rung.fixed / full) if full else (rung.fixed, rung.per_row)
-            self._costs[rung.number] = known
+    def _shared(self, rung: RungState) -> tuple[float, float, int]:
+        """Usual seconds of a rung where requests are many, for each request and for each of its rows; and `full`."""
+        known = self._known.get(rung.number)
+        if known is not None:
+            return known
+        once, each, most, gain = rung.fixed, rung.per_row, rung.most_rows, self._gain
+        known = once, each, 0
+        if once >= (gain - 1) * each:  # else joining would not pay in a batch without end
+            usual = self._joint / rung.tail
+            if once + each * most > usual:
+                most = int((usual - once) / each) if each > 0 else 0
+            if most > 1 and (once + each) * most >= gain * (once + each * most):
+                known = 0.0, each + once / most, most
+        self._known[rung.number] = known
         return known
 
     def cost(self, rung: RungState) -> float:
         """Usual seconds that the head adds."""
-        once, each = self._shared(rung)
+        once, each, _ = self._shared(rung)
         return (once + each * self.rows) * self.signal.slowdown
 
     def _look_behind(self, ready: list[RungState]) -> list[float]:
@@ -304,9 +305,7 @@ class _Limits:
         spare = [left]
         for slack, rows, floor in self.signal.queue[:0:-1]:
             if floor != known:
-                keeping = [self._shared(r) for r in ready if r.quality >= floor]
-                once, each = min(keeping, key=sum, default=(0.0, 0.0))  # none keeps it: it will be refused
-                known = floor
+                once, each, known = *self._least(ready, floor), floor
             if slack < left:
                 left = slack
             left -= (once + each * rows) * slowdown
@@ -314,6 +313,16 @@ class _Limits:
         spare.append(-math.inf)
         spare.reverse()
         return spare
+
+    def _least(self, ready: list[RungState], floor: float) -> tuple[float, float]:
+        """Usual seconds of the rung that is the fastest with one row, of those that keep a floor."""
+        least, found = math.inf, (0.0, 0.0)  # where none keeps it: it will be refused
+        for rung in ready:
+            if rung.quality >= floor:
+                once, each, _ = self._shared(rung)
+                if once + each < least:
+                    least, found = once + each, (once, each)
+        return found
 
     def best(self, rungs: list[RungState]) -> RungState | None:
         """The first that is not too slow for the head of the queue."""
@@ -330,7 +339,7 @@ class _Limits:
             return True
         if rows == 1 and alone <= self._dearest:
             return False  # where requests are many a row costs no more than alone
-        once, each = self._shared(rung)
+        once, each, _ = self._shared(rung)
         return once + each * rows > self._dearest
 
     def _most(self, rung: RungState) -> float:
