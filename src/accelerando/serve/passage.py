@@ -19,7 +19,6 @@ LARGE = 2**16  # bytes of an array from which on it goes by memory: less is quic
 ALIGNED = 64  # bytes; an array begins at a multiple of it
 HEAD = struct.Struct("<2Q")  # bytes of the message; how many arrays lie in memory, whose lengths follow
 CHUNK = 2 * LARGE
-SPIN = 2e-4  # seconds
 
 
 class Passage:
@@ -91,23 +90,21 @@ class Passage:
     def comes_within(self, seconds: float) -> bool:
         """Whether something comes that `receive` has news of, which then need not wait.
 
-        At first it looks again and again: to be woken by another core takes longer than a small model.
+        It looks again and again instead of sleeping, for to be woken by another core takes longer than a small model;
+        where there is but one core, whoever is to answer has it between two looks.
         """
         with self._using:
             try:
                 self._end.settimeout(0)
-                until = time.perf_counter() + min(SPIN, seconds)
+                until = time.perf_counter() + seconds
                 while time.perf_counter() < until:
                     with suppress(BlockingIOError):
                         self._come(HEAD.size)
                         return True
-                self._end.settimeout(seconds)
-                self._come(HEAD.size)
-            except TimeoutError:
+                    os.sched_yield()
                 return False
             except (EOFError, OSError):
-                pass  # `receive` will say so
-            return True
+                return True  # `receive` will say so
 
     def receive(self, seconds: float | None = None) -> Any:
         """What was sent.
