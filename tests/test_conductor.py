@@ -386,6 +386,16 @@ def test_a_waiting_caller_runs_its_own_request_where_nobody_is_served(make: Any)
     answer = held.conductor.answer(ticket)
     np.testing.assert_array_equal(answer.leaves[0], np.ones((2, 3)))
     assert held.conductor.tally.requests["answered"] == 1
+    assert ticket.future.result(0) is answer  # also where it is asked for only now
+
+
+def test_a_waiting_caller_who_runs_its_own_request_learns_that_it_failed(make: Any) -> None:
+    held = make()
+    ticket = Ticket([np.full((1, 4), POISON, np.float32)], 1, time.monotonic())
+    with pytest.raises(RowsError):
+        held.conductor.answer(ticket)
+    assert isinstance(ticket.future.exception(0), RowsError)
+    assert held.conductor.tally.requests["failed"] == 1
 
 
 def test_a_request_that_takes_next_to_nothing_is_answered_at_once(make: Any) -> None:
