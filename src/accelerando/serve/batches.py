@@ -31,7 +31,7 @@ class Batch(NamedTuple):
         return sum(map(_ROWS, self.tickets))
 
 
-_ROWS = attrgetter("rows")  # quicker than our own words
+_ROWS = attrgetter("rows")  # quicker than a comprehension
 
 
 def joinable(signature: Signature) -> bool:

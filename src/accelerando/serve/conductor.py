@@ -17,6 +17,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 
 from accelerando.errors import ClosedError, OverloadedError, UsageError
@@ -88,7 +89,7 @@ class Conductor:
 
     # --- requests come ------------------------------------------------------------------------------------------
 
-    def submit(self, ticket: Ticket, at_once: float = 0.0, patience: float = math.inf) -> None:
+    def submit(self, ticket: Ticket, at_once: float = 0.0, patience: float = math.inf) -> Future[Answer]:
         """Put a request into the queue.
 
         Args:
@@ -97,12 +98,16 @@ class Conductor:
             patience: seconds that the caller can then wait for another process; also, where it is not endless, it can't
                 wait until a failure has been looked into.
 
+        Returns:
+            The ticket's future.
+
         Raises:
             OverloadedError: no rung could answer it in time, or the queue is full.
             ClosedError: the conductor has been closed, or no rung can answer any longer.
         """
-        ticket.future  # noqa: B018  made here, before anybody else knows of it
+        future = ticket.future  # made before anybody else knows of it
         self._submit(ticket, at_once, patience)
+        return future
 
     def _submit(self, ticket: Ticket, at_once: float, patience: float = math.inf) -> None:
         if (batch := self._taken(ticket, at_once)) is not None:

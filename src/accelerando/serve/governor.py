@@ -221,7 +221,7 @@ class Governor:
         return rung, max(last.pressed, now - dwell * (len(rungs) + 1)) + climbed * dwell
 
 
-_QUALITY, _READY = attrgetter("quality"), attrgetter("ready")  # quicker than our own words
+_QUALITY, _READY = attrgetter("quality"), attrgetter("ready")  # quicker than comprehensions
 STEADY = Governor(dwell=1.0)
 BALANCED = Governor(dwell=0.25)
 RESPONSIVE = Governor(dwell=0.0)
@@ -300,12 +300,14 @@ class _Limits:
 
     def _look_behind(self, ready: list[RungState]) -> list[float]:
         """`spare`, from the last request on; nothing stands before the first."""
-        slowdown, known = self.signal.slowdown, math.nan
+        slowdown = self.signal.slowdown
+        fastest: dict[float, tuple[float, float]] = {}  # by floor
         left = math.inf
         spare = [left]
         for slack, rows, floor in self.signal.queue[:0:-1]:
-            if floor != known:
-                once, each, known = *self._least(ready, floor), floor
+            if floor not in fastest:
+                fastest[floor] = self._least(ready, floor)
+            once, each = fastest[floor]
             if slack < left:
                 left = slack
             left -= (once + each * rows) * slowdown
@@ -338,7 +340,7 @@ class _Limits:
         if alone * rung.tail > self._longest:
             return True
         if rows == 1 and alone <= self._dearest:
-            return False  # where requests are many a row costs no more than alone
+            return False  # in company a row costs no more than alone: what exactly need not be reckoned
         once, each, _ = self._shared(rung)
         return once + each * rows > self._dearest
 

@@ -71,7 +71,7 @@ class Ticket:
         """Gets an `Answer`, or a `ServingError`; a caller that gives up cancels it, and its rows leave the queue.
 
         Made when it is first asked for, which must be before another thread knows of the request: a caller that runs
-        its own request needs none, and making and settling one takes a tenth of such a call.
+        its own request needs none, and would pay for its lock and its condition.
         """
         if self._future is None:
             self._future = Future()
